@@ -1,0 +1,141 @@
+"""Every private torch API that difa_fx uses, in one place.
+
+Each function names the API it wraps and the torch versions it was tried on.  Nothing outside this module
+may import from a torch module whose name starts with an underscore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch._dynamo.utils import counters as dynamo_counters
+from torch._functorch.aot_autograd import aot_export_module
+from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.nn.attention.flex_attention import BlockMask, _apply_kernel_options, _identity
+from torch.utils.weak import WeakIdKeyDictionary
+
+TRIED_ON = ("2.11", "2.13")
+"""The torch minor versions whose private APIs, as used here, were run."""
+
+__all__ = [
+    "TRIED_ON",
+    "FakeTensor",
+    "FakeTensorMode",
+    "WeakIdKeyDictionary",
+    "compile_inductor",
+    "dynamo_counters",
+    "export_aten",
+    "fake_inputs",
+    "flex_band",
+    "inductor_mode",
+    "inductor_option_names",
+    "input_sources",
+    "is_static_input",
+    "propagate",
+    "trace_aten",
+]
+
+
+def fake_inputs(inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    """``inputs`` with every tensor replaced by a fake of the same static shape, stride, dtype and device.
+
+    Wraps ``FakeTensorMode.from_tensor``.
+    """
+    return [
+        mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+        for value in inputs
+    ]
+
+
+def export_aten(gm: torch.fx.GraphModule, fakes: Sequence[Any]) -> torch.fx.GraphModule:
+    """Functional pre-dispatch ATen graph of ``gm``: composites such as linear and SDPA stay whole.
+
+    Wraps ``aot_export_module(pre_dispatch=True)``.  Its inputs are ``gm``'s placeholders in order, after
+    any parameter or buffer that ``gm`` itself owns; input mutations become leading outputs.
+    """
+    mode = next(value.fake_mode for value in fakes if isinstance(value, FakeTensor))
+    with torch.no_grad(), torch.fx.traceback.preserve_node_meta(), mode:
+        exported, signature = aot_export_module(
+            gm, list(fakes), trace_joint=False, pre_dispatch=True
+        )
+    assert isinstance(exported, torch.fx.GraphModule)
+    exported.meta["difa_signature"] = signature
+    return exported
+
+
+def trace_aten(gm: torch.fx.GraphModule, fakes: Sequence[Any]) -> torch.fx.GraphModule:
+    """``gm`` with the Python functions in it inlined to pre-dispatch ATen.  Wraps ``make_fx``."""
+    mode = next(value.fake_mode for value in fakes if isinstance(value, FakeTensor))
+    with torch.no_grad(), mode:
+        return make_fx(gm, pre_dispatch=True)(*fakes)
+
+
+def propagate(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """What ``gm`` yields for fake ``inputs``, as fakes; wraps ``FakeTensorProp``."""
+    mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+    with torch.no_grad():
+        return tuple(FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs))
+
+
+def compile_inductor(
+    gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """``gm`` compiled by AOTAutograd and Inductor.  Wraps ``compile_fx``, which may edit ``gm``."""
+    return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
+
+
+def inductor_mode(mode: str | None) -> dict[str, Any]:
+    """Inductor's settings for ``torch.compile(mode=...)``.  Raises RuntimeError on an unknown mode."""
+    return dict(list_mode_options(mode)) if mode else {}
+
+
+def inductor_option_names() -> list[str]:
+    """The names Inductor takes in ``options``."""
+    return list_options()
+
+
+def input_sources(gm: torch.fx.GraphModule) -> list[str]:
+    """Where Dynamo read each placeholder from, for instance ``L['timestep']``, in order.
+
+    Reads ``_dynamo_source``, which Dynamo sets on placeholders; falls back to the placeholder's name.
+    """
+    names = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        source = getattr(node, "_dynamo_source", None)
+        name = getattr(source, "name", None)
+        name = name() if callable(name) else name
+        names.append(name if isinstance(name, str) else node.name)
+    return names
+
+
+def is_static_input(value: object) -> bool:
+    """Whether Dynamo lifted ``value`` from a module: a parameter or a registered buffer.
+
+    Reads ``_dynamo_static_input_type``, which Dynamo sets on module buffers.
+    """
+    return isinstance(value, torch.nn.Parameter) or (
+        isinstance(value, Tensor) and getattr(value, "_dynamo_static_input_type", None) is not None
+    )
+
+
+def flex_band(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float | None
+) -> Tensor:
+    """flex_attention as the operator Inductor lowers, without Dynamo.  Tensors are [B, H, N, D].
+
+    Calls the higher-order operator with the options the public function would give it; the public function
+    would start a compilation of its own.
+    """
+    options = _apply_kernel_options(q, k, v, False, {"ROWS_GUARANTEED_SAFE": True})
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, *_ = flex_attention_hop(q, k, v, _identity, block_mask.as_tuple(), scale, options)
+    return out

@@ -1,0 +1,182 @@
+"""The backend: ``torch.compile(model, backend="difa", options={"plan": ...})``.
+
+The story of a compilation, top to bottom::
+
+    Dynamo's graph -> canonicalize -> find_attention -> partition -> rewrite + compile, a piece at a time
+                   -> Runner, which Dynamo calls with the graph's inputs at every denoising step
+
+A graph with symbolic shapes is specialised to each set of sizes it meets; each has its own runner and state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from difa_fx._torch import compile_inductor, input_sources, trace_aten
+from difa_fx.compile import PieceCompiler
+from difa_fx.errors import DifaError, GradError, SiteError
+from difa_fx.options import Options, parse_options
+from difa_fx.passes.canonicalize import canonicalize
+from difa_fx.passes.find_attention import Attention, find_attention
+from difa_fx.passes.partition import partition
+from difa_fx.passes.rewrite import RewriteSettings, check_possible
+from difa_fx.plan import Method, Plan
+from difa_fx.registry import Compilation, compilation_for
+from difa_fx.runtime import Runner
+from difa_fx.schedule import make_schedule
+
+
+def difa(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph.  Registered with torch as the backend ``difa``.
+
+    A fault found here is raised by the returned callable, so that users see the error itself and not Dynamo's
+    wrapping of it; nothing runs before.
+
+    Args:
+        gm: Dynamo's graph; parameters are placeholders.
+        example_inputs: one value a placeholder.
+        options: see :class:`difa_fx.options.Options`.
+        mode: torch's own, for instance ``reduce-overhead``.
+    """
+    try:
+        parsed = parse_options(options, mode)
+        if parsed.plan is None:
+            return _without_plan(gm, example_inputs, parsed)
+        _refuse_gradients(example_inputs)
+        graph = CompiledGraph(gm, example_inputs, compilation_for(options, parsed))
+        if all(isinstance(value, Tensor) for value in example_inputs):
+            graph.runner_for(example_inputs)
+        return graph
+    except DifaError as error:
+        return _raiser(error)
+
+
+class CompiledGraph:
+    """One Dynamo graph under a plan: a runner for each set of input sizes."""
+
+    def __init__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation
+    ) -> None:
+        self._gm, self._compilation = gm, compilation
+        self._sources = input_sources(gm)
+        self._dynamic = not all(isinstance(value, Tensor) for value in example_inputs)
+        self._runners: dict[Any, Runner] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph; compiles first when its input sizes are new."""
+        return self.runner_for(args)(*args)
+
+    def runner_for(self, args: Sequence[Any]) -> Runner:
+        """The runner for the sizes of ``args``."""
+        key = _sizes(args) if self._dynamic else None
+        runner = self._runners.get(key)
+        if runner is None:
+            runner = self._runners[key] = make_runner(
+                self._gm, args, self._sources, self._compilation
+            )
+            self._compilation.runners.append(runner)
+        return runner
+
+
+def make_runner(
+    gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str], compilation: Compilation
+) -> Runner:
+    """All stages of the design, for one graph at one set of shapes."""
+    options = compilation.options
+    assert options.plan is not None
+    canonical = canonicalize(gm, inputs, sources=sources)
+    attention = find_attention(canonical)
+    plan = _fitted(options.plan, attention, strict=options.strict)
+    parts = partition(canonical, attention.sites)
+    settings = RewriteSettings(
+        window=plan.window, second=plan.cfg == "uncond_first", kernel=options.window_kernel
+    )
+    return Runner(
+        graph=canonical.gm.graph,
+        attention=attention,
+        partition=parts,
+        schedule=make_schedule(plan, [site.path for site in attention.sites]),
+        compiler=PieceCompiler(options.compiler, options.inductor, settings),
+        owner_position=next((i for i, fixed in enumerate(canonical.static) if fixed), None),
+        clock_of=compilation.clock_of,
+        strict=options.strict,
+    )
+
+
+def _fitted(plan: Plan, attention: Attention, *, strict: bool) -> Plan:
+    """``plan`` checked against the sites of a graph.
+
+    Without ``strict``, what a site cannot do becomes full attention, with one warning a site.
+
+    Raises:
+        PlanError: the plan names a site that the graph does not have.
+        SiteError: a site cannot do what the plan asks of it.
+    """
+    plan.check_sites([site.path for site in attention.sites])
+    for site in attention.sites:
+        if site.path not in plan.sites:
+            continue
+        for method in sorted(set(plan.column(site.path)), key=list(Method).index):
+            try:
+                check_possible(site, method)
+            except SiteError as error:
+                if strict:
+                    raise
+                plan = _without(plan, site.path, error)
+                break
+    return plan
+
+
+def _without(plan: Plan, path: str, error: SiteError) -> Plan:
+    import warnings
+
+    warnings.warn(f"difa_fx runs {path} in full at every step: {error}", stacklevel=2)
+    index = plan.sites.index(path)
+    rows = [[*row[:index], Method.FULL, *row[index + 1 :]] for row in plan.methods]
+    return plan.replace(methods=rows)
+
+
+def _without_plan(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options
+) -> Callable[..., Any]:
+    if options.compiler == "eager":
+        return gm
+    if options.compiler == "aot_eager":
+        return trace_aten(gm, inputs)
+    return compile_inductor(gm, inputs, options.inductor)
+
+
+def _refuse_gradients(inputs: Sequence[Any]) -> None:
+    wanting = sum(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+    if torch.is_grad_enabled() and wanting:
+        raise GradError(
+            "gradients are on, and a plan is for inference alone",
+            where="torch.compile(backend='difa')",
+            got=f"{wanting} inputs or parameters that require gradients",
+            allowed="torch.no_grad() or torch.inference_mode() around the call",
+            todo="call the compiled denoiser under torch.no_grad(), or model.requires_grad_(False)",
+        )
+
+
+def _raiser(error: DifaError) -> Callable[..., Any]:
+    def refuse(*args: Any) -> Any:
+        raise error
+
+    return refuse
+
+
+def _sizes(args: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(
+        (tuple(value.shape), value.stride()) if isinstance(value, Tensor) else value
+        for value in args
+    )

@@ -1,0 +1,81 @@
+"""From a segment and its variant to a piece: one compilation for each (signature, variant), and no other.
+
+A *piece* is a variant of a structurally unique segment, compiled.  Parameters are inputs, so all equal layers
+share it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from difa_fx._torch import compile_inductor, trace_aten
+from difa_fx.attention import window_attention
+from difa_fx.passes.partition import Segment
+from difa_fx.passes.rewrite import RewriteSettings, Variant, VariantGraph, rewrite
+
+COMPILERS = ("inductor", "aot_eager", "eager")
+
+Piece = Callable[..., Sequence[Any]]
+"""Takes a segment's inputs and then a residual it reads; gives its outputs and then a residual it writes."""
+
+PieceKey = tuple[str, Variant]
+
+
+@dataclass(slots=True)
+class PieceCompiler:
+    """Compiles pieces on demand and keeps them.
+
+    Attributes:
+        compiler: ``inductor``, or ``aot_eager`` or ``eager`` to debug.
+        patches: Inductor's settings.
+        settings: what every rewrite needs.
+        pieces: what was compiled so far.
+        seconds: time spent on it.
+    """
+
+    compiler: str
+    patches: Mapping[str, Any]
+    settings: RewriteSettings
+    pieces: dict[PieceKey, Piece] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def compile_all(self, wanted: Iterable[tuple[Segment, Variant]]) -> None:
+        """Compile every piece of ``wanted`` that is not there yet, under a progress bar."""
+        missing: dict[PieceKey, Segment] = {}
+        for segment, variant in wanted:
+            if (segment.signature, variant) not in self.pieces:
+                missing.setdefault((segment.signature, variant), segment)
+        started = time.perf_counter()
+        with tqdm(
+            missing.items(), desc="difa: compile", unit="piece", disable=None, leave=False
+        ) as bar:
+            for key, segment in bar:
+                bar.set_postfix_str(f"{segment.name} {key[1]}"[:60])
+                self.pieces[key] = self._compile(rewrite(segment, key[1], self.settings))
+        self.seconds += time.perf_counter() - started
+
+    def piece(self, segment: Segment, variant: Variant) -> Piece:
+        """The piece for ``segment`` under ``variant``, which :meth:`compile_all` has made."""
+        return self.pieces[segment.signature, variant]
+
+    def _compile(self, variant: VariantGraph) -> Piece:
+        gm, inputs = variant.gm, variant.inputs
+        if self.compiler == "eager":
+            return gm
+        if self.compiler == "aot_eager":
+            return trace_aten(gm, inputs)
+        return compile_inductor(gm, inputs, {**self.patches, **_flex_patches(variant)})
+
+
+def _flex_patches(variant: VariantGraph) -> dict[str, Any]:
+    """Inductor's C++ flex template cannot take a fused epilogue; on CPU fusion is off for its pieces."""
+    for node in variant.gm.graph.find_nodes(op="call_function", target=window_attention):
+        value = node.args[0].meta["val"]
+        if node.kwargs.get("kernel") == "flex" and value.device.type == "cpu":
+            return {"epilogue_fusion": False}
+    return {}

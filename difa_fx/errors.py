@@ -1,0 +1,94 @@
+"""Every error difa_fx raises on purpose.
+
+Each says what is wrong, where, what was got, what is allowed and what to do, in that order, so that a
+user can act on the message without reading this package.  All derive from :class:`DifaError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DifaError(Exception):
+    """Base of all errors of difa_fx.
+
+    Args:
+        what: one sentence, the fault itself.
+        where: the file, field, site or node it was found at.
+        got: the offending value; shortened when it is long.
+        allowed: the values or the form that would be right.
+        todo: what the user can do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        got: object = None,
+        allowed: object = None,
+        todo: str | None = None,
+    ) -> None:
+        self.what, self.where, self.got, self.allowed, self.todo = what, where, got, allowed, todo
+        parts = [what]
+        if where is not None:
+            parts.append(f"where: {where}")
+        if got is not None:
+            parts.append(f"got: {_short(got)}")
+        if allowed is not None:
+            parts.append(f"allowed: {_short(allowed, 400)}")
+        if todo is not None:
+            parts.append(f"to do: {todo}")
+        super().__init__("\n  ".join(parts))
+
+
+class PlanError(DifaError, ValueError):
+    """A plan is malformed, or does not fit the denoiser it is used on."""
+
+
+class PlanFileError(PlanError):
+    """A plan file cannot be read or written."""
+
+
+class OptionError(DifaError, ValueError):
+    """An option of the backend is unknown or has a wrong value."""
+
+
+class SiteError(DifaError):
+    """A site cannot do what the plan asks of it."""
+
+
+class CFGError(DifaError):
+    """The batch is not the pair of halves that a ``+cfg`` method needs."""
+
+
+class ClockError(DifaError):
+    """The denoiser was called at a step that the plan does not expect."""
+
+
+class GradError(DifaError):
+    """Gradients are on; a plan is for inference alone."""
+
+
+class GraphError(DifaError):
+    """A traced graph holds something that difa_fx cannot keep exact."""
+
+
+class AttachError(DifaError):
+    """A pipeline cannot be attached to, or is not attached."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The ``count`` names of ``known`` that look most like ``name``, best first."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
+
+
+def _short(value: object, limit: int = 200) -> str:
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        text = ", ".join(str(item) for item in value)
+    else:
+        text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

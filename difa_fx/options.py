@@ -1,0 +1,106 @@
+"""The options of the backend, checked before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from difa_fx._torch import inductor_mode, inductor_option_names
+from difa_fx.attention import WINDOW_KERNELS
+from difa_fx.compile import COMPILERS
+from difa_fx.errors import OptionError, nearest
+from difa_fx.plan import Plan, as_plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What ``torch.compile(backend="difa", options=..., mode=...)`` was given.
+
+    Attributes:
+        plan: which method each site uses at each step; None compiles exactly as Inductor would.
+        strict: whether what a plan cannot do is an error (True), or full attention with a warning.
+        compiler: ``inductor``, or ``aot_eager`` or ``eager`` to debug.
+        window_kernel: ``auto``, ``flex``, ``flash`` or ``sdpa``.
+        inductor: Inductor's own settings, as ``torch.compile(options=...)`` takes them.
+    """
+
+    plan: Plan | None = None
+    strict: bool = True
+    compiler: str = "inductor"
+    window_kernel: str = "auto"
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Options:
+    """Checked options.
+
+    Raises:
+        OptionError: an unknown key, a value of the wrong kind, or an unknown mode.
+        PlanError: the plan is malformed.
+    """
+    given = dict(options or {})
+    known = [f.name for f in fields(Options)]
+    for key in given:
+        if key not in known:
+            close = nearest(str(key), known, 1)
+            raise OptionError(
+                f"unknown option {key!r}",
+                where="torch.compile(options=...)",
+                got=key,
+                allowed=known,
+                todo=f"did you mean {close[0]!r}?" if close else "remove it",
+            )
+    _check_kind(given, "strict", bool)
+    _check_choice(given, "compiler", COMPILERS)
+    _check_choice(given, "window_kernel", WINDOW_KERNELS)
+    _check_kind(given, "inductor", Mapping)
+    if given.get("plan") is not None:
+        given["plan"] = as_plan(given["plan"])
+    given["inductor"] = {**_mode(mode), **_inductor(given.get("inductor") or {})}
+    return Options(**given)
+
+
+def _check_kind(given: Mapping[str, Any], key: str, kind: type) -> None:
+    if key in given and not isinstance(given[key], kind):
+        raise OptionError(
+            f"option {key!r} has the wrong type",
+            where="torch.compile(options=...)",
+            got=f"{given[key]!r} ({type(given[key]).__name__})",
+            allowed=kind.__name__,
+            todo="mend the value",
+        )
+
+
+def _check_choice(given: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> None:
+    if key in given and given[key] not in choices:
+        raise OptionError(
+            f"option {key!r} has an unknown value",
+            where="torch.compile(options=...)",
+            got=given[key],
+            allowed=choices,
+            todo="use one of the allowed values",
+        )
+
+
+def _mode(mode: str | None) -> dict[str, Any]:
+    try:
+        return inductor_mode(mode)
+    except RuntimeError as error:
+        raise OptionError(
+            "unknown mode", where="torch.compile(mode=...)", got=mode, todo=str(error)
+        ) from None
+
+
+def _inductor(settings: Mapping[str, Any]) -> dict[str, Any]:
+    known = set(inductor_option_names())
+    for key in settings:
+        if key.replace("-", "_") not in known:
+            raise OptionError(
+                "unknown Inductor option",
+                where="options['inductor']",
+                got=key,
+                allowed=nearest(key, known) or "torch._inductor.list_options()",
+                todo="mend the name",
+            )
+    return {key.replace("-", "_"): value for key, value in settings.items()}

@@ -1,0 +1,105 @@
+"""Which compilations and clocks belong to which denoiser.
+
+Dynamo does not tell a backend what module it compiles, and may run one compiled graph for two modules of one
+class.  What does identify a denoiser is its parameters, which Dynamo passes as inputs: the first of them is the
+*owner* of a clock and of a session's state.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from difa_fx._torch import WeakIdKeyDictionary
+from difa_fx.clock import Clock
+from difa_fx.options import Options
+from difa_fx.runtime import Runner, RunnerStats
+
+
+@dataclass(eq=False)
+class Compilation:
+    """One ``torch.compile`` call: its options, and all graphs, shapes and denoisers compiled under it."""
+
+    options: Options
+    key: Mapping[str, Any] | None
+    runners: list[Runner] = field(default_factory=list)
+    clocks: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    ownerless: Clock | None = None
+
+    def clock_of(self, owner: object) -> Clock:
+        """The clock of the denoiser that owns the parameter ``owner``, made at its first call."""
+        plan = self.options.plan
+        assert plan is not None
+        if owner is None:
+            self.ownerless = self.ownerless or Clock(plan.steps, plan.timesteps)
+            return self.ownerless
+        clock = self.clocks.get(owner)
+        if clock is None:
+            clock = self.clocks[owner] = Clock(plan.steps, plan.timesteps)
+            if owner in _begun:
+                clock.begin(_begun[owner])
+        assert isinstance(clock, Clock)
+        return clock
+
+    def clocks_for(self, model: nn.Module) -> Iterator[Clock]:
+        """The clocks of ``model``, in this compilation."""
+        for parameter in model.parameters():
+            if parameter in self.clocks:
+                yield self.clocks[parameter]
+
+
+_compilations: weakref.WeakValueDictionary[int, Compilation] = weakref.WeakValueDictionary()
+_begun: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameters of denoisers whose next generation was announced, and the scheduler's timesteps."""
+
+
+def compilation_for(key: Mapping[str, Any] | None, options: Options) -> Compilation:
+    """The compilation whose ``options=`` argument is the object ``key``; one a ``torch.compile`` call."""
+    found = _compilations.get(id(key)) if key is not None else None
+    if found is None or found.key is not key:
+        found = Compilation(options, key)
+        _compilations[id(key) if key is not None else id(found)] = found
+    return found
+
+
+def begin(model: nn.Module, timesteps: Sequence[float] | None = None) -> None:
+    """Tell every clock of ``model``, made already or later, that a generation is about to start."""
+    for parameter in model.parameters():
+        _begun[parameter] = timesteps
+    for compilation in list(_compilations.values()):
+        for clock in compilation.clocks_for(model):
+            clock.begin(timesteps)
+        if compilation.ownerless is not None and not any(True for _ in model.parameters()):
+            compilation.ownerless.begin(timesteps)
+    for runner in runners(model):
+        runner.drop_state(model)
+
+
+def release(model: nn.Module) -> None:
+    """Forget the scheduler of ``model``; its clocks go by the plan again."""
+    for parameter in model.parameters():
+        _begun.pop(parameter, None)
+    for compilation in list(_compilations.values()):
+        plan = compilation.options.plan
+        for clock in compilation.clocks_for(model):
+            clock.release(plan.timesteps if plan else None)
+
+
+def runners(model: nn.Module) -> list[Runner]:
+    """The runners that served ``model``."""
+    owned = {id(parameter) for parameter in model.parameters()}
+    return [
+        runner
+        for compilation in list(_compilations.values())
+        for runner in compilation.runners
+        if runner.serves(owned)
+    ]
+
+
+def stats(model: nn.Module) -> tuple[RunnerStats, ...]:
+    """What was compiled and done for ``model``: one record a graph and set of shapes."""
+    return tuple(runner.stats for runner in runners(model))

@@ -1,0 +1,129 @@
+"""canonicalize: one spelling per operation, without a change of a single bit.
+
+Dynamo hands over torch-level IR: functions, methods and in-place writes mixed.  Pre-dispatch ATen says the
+same in one spelling each (``x.view``, ``torch.reshape`` and ``flatten`` are ``aten.view``), keeps linear,
+layer norm and scaled_dot_product_attention whole, carries ``nn_module_stack`` along, and is functional: a
+``setitem`` is a ``slice_scatter`` whose edge a later pass can follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from difa_fx._torch import FakeTensorMode, export_aten, fake_inputs, is_static_input
+from difa_fx.errors import GraphError
+from difa_fx.passes.graph_tools import output_values, placeholders
+
+aten = torch.ops.aten
+
+_ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_async.msg}
+
+
+@dataclass(frozen=True, slots=True)
+class CanonicalGraph:
+    """A functional ATen graph of one denoiser at static shapes.
+
+    Attributes:
+        gm: the graph; every node's ``meta["val"]`` is a fake tensor.
+        sources: Dynamo's name of each placeholder, in order.
+        static: for each placeholder, whether it is a parameter or buffer of the denoiser.
+    """
+
+    gm: fx.GraphModule
+    sources: tuple[str, ...]
+    static: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        count = len(placeholders(self.gm.graph))
+        assert count == len(self.sources) == len(self.static), (
+            "one source and one flag a placeholder"
+        )
+
+    @property
+    def parameters(self) -> frozenset[fx.Node]:
+        """The placeholders that hold parameters and buffers."""
+        nodes = placeholders(self.gm.graph)
+        return frozenset(n for n, is_static in zip(nodes, self.static, strict=True) if is_static)
+
+
+def canonicalize(
+    gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence[str]
+) -> CanonicalGraph:
+    """Dynamo's graph as a :class:`CanonicalGraph`, specialised to the shapes of ``inputs``.
+
+    Args:
+        gm: what Dynamo handed over; parameters are placeholders.
+        inputs: one value a placeholder: tensors (real or fake) and Python numbers.
+        sources: Dynamo's name of each placeholder.
+
+    Raises:
+        GraphError: the graph writes to its inputs, which a plan cannot replay.
+    """
+    with torch.no_grad():
+        fakes = fake_inputs(inputs, FakeTensorMode())
+    if not any(isinstance(value, Tensor) for value in fakes):
+        raise GraphError("the graph has no tensor input", where="canonicalize")
+    exported = export_aten(gm, fakes)
+    signature = exported.meta.pop("difa_signature")
+    _refuse_mutations(signature)
+    owned = len(placeholders(exported.graph)) - len(fakes)
+    graph = exported.graph
+    for node in list(graph.nodes):
+        if node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    _fold_noops(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    exported.recompile()
+    static = [True] * owned + [is_static_input(value) for value in inputs]
+    return CanonicalGraph(
+        gm=exported,
+        sources=(*(f"graph constant {i}" for i in range(owned)), *sources),
+        static=tuple(static),
+    )
+
+
+def _refuse_mutations(signature: Any) -> None:
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    if written:
+        raise GraphError(
+            "the denoiser writes to its own buffers or inputs",
+            where="canonicalize",
+            got=written,
+            allowed="a denoiser whose forward only reads",
+            todo="put the module in eval mode, or compile it without a plan",
+        )
+
+
+def _fold_noops(graph: fx.Graph) -> None:
+    """Drop operations that are the identity bit for bit: dropout off, a division by one, alias."""
+    returned = set(output_values(graph))
+    for node in list(graph.nodes):
+        source = _identity_of(node)
+        if source is not None and node not in returned:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _identity_of(node: fx.Node) -> fx.Node | None:
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source, rest = node.args[0], node.args[1:]
+    if node.target is aten.dropout.default:
+        probability, training = (*rest, True)[:2]
+        return source if probability == 0 or not training else None
+    if node.target in (aten.div.Tensor, aten.mul.Tensor) and not node.kwargs:
+        same = isinstance(rest[0], (int, float)) and rest[0] == 1
+        before, after = source.meta.get("val"), node.meta.get("val")
+        kept = (
+            isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+        )
+        return source if same and kept else None
+    if node.target in (aten.alias.default, aten.lift_fresh_copy.default):
+        return source if node.target is aten.alias.default else None
+    return None

@@ -1,0 +1,129 @@
+"""cfg_shared: a site computes the conditional half of the batch and uses the result for both halves.
+
+Before::
+
+    h_BND -> norm -> linear q, k, v -> attention -> linear -> y_BND
+
+After, with C = B / 2::
+
+    h_BND -> cfg_half -> norm -> linear q, k, v -> attention -> linear -> y_CND -> cfg_shared -> y_BND
+
+The whole region is computed for the half, projections included.  Its nodes are copied with the literal sizes
+that name the batch rewritten; side inputs that meet the batch are halved (:mod:`difa_fx.passes.batch_axis`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from difa_fx import attention
+from difa_fx.passes.batch_axis import Step, follow
+from difa_fx.passes.find_attention import AttentionSite
+from difa_fx.passes.graph_tools import evaluate
+
+aten = torch.ops.aten
+
+_RESHAPES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unflatten.int,
+    aten.flatten.using_ints,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+}
+
+
+def cfg_shared(
+    graph: fx.Graph, site: AttentionSite, *, second: bool
+) -> tuple[AttentionSite, fx.Node]:
+    """Rewrite the region of ``site`` to the conditional half of the batch.
+
+    Args:
+        graph: a block's graph, edited in place.
+        second: whether the conditional half is the second one.
+
+    Returns:
+        The site at half batch, in the same graph, and the node that uses its output for both halves.
+    """
+    halver = _Halver(graph, site.axes, second)
+    with graph.inserting_before(site.output):
+        for node in site.region:
+            halver.copy(node)
+        output = halver.copies[site.output]
+        shared = graph.call_function(
+            attention.cfg_shared, (output,), {"axis": site.axes[site.output]}
+        )
+    site.output.replace_all_uses_with(shared)
+    shared.args = (output,)
+    half = replace(
+        site,
+        anchor=halver.copies[site.anchor],
+        source=halver.halves.get(site.source, site.source),
+        output=output,
+        region=tuple(halver.copies[node] for node in site.region),
+        axes={},
+    )
+    return half, shared
+
+
+class _Halver:
+    """Copies a region node by node, each for half the batch."""
+
+    def __init__(self, graph: fx.Graph, axes: Mapping[fx.Node, int], second: bool) -> None:
+        self.graph, self.axes, self.second = graph, axes, second
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.halves: dict[fx.Node, fx.Node] = {}
+
+    def copy(self, node: fx.Node) -> None:
+        step = follow(node, self.axes)
+        if step is None:
+            self.copies[node] = self.graph.node_copy(node, lambda n: self.copies.get(n, n))
+            return
+        copied = self.graph.node_copy(node, lambda n: self._at_half(n, step))
+        _set_sizes(copied, node, step)
+        evaluate(copied)
+        self.copies[node] = copied
+
+    def _at_half(self, source: fx.Node, step: Step) -> fx.Node:
+        if source in self.copies:
+            return self.copies[source]
+        axis = step.aligned.get(source, self.axes.get(source))
+        if axis is None:
+            return source
+        if source not in self.halves:
+            settings = {"axis": axis, "second": self.second}
+            self.halves[source] = self.graph.call_function(attention.cfg_half, (source,), settings)
+            evaluate(self.halves[source])
+        return self.halves[source]
+
+
+def _set_sizes(copied: fx.Node, node: fx.Node, step: Step) -> None:
+    """Write the literal sizes of half a batch into a copied node.
+
+    A view may not exist on a half that is a slice, so every operation that keeps the flat order becomes a
+    reshape.
+    """
+    if node.target in _RESHAPES:
+        copied.target = aten.reshape.default
+        copied.args, copied.kwargs = (copied.args[0], step.sizes["size"]), {}
+    elif node.target is aten.expand.default:
+        copied.args = (copied.args[0], step.sizes["size"])
+    elif "output_size" in step.sizes and node.kwargs.get("output_size") is not None:
+        copied.kwargs = {**copied.kwargs, "output_size": step.sizes["output_size"]}
+
+
+def spread(graph: fx.Graph, half: fx.Node, axis: int) -> fx.Node:
+    """Use ``half``, a placeholder, for both halves of the batch wherever it is read."""
+    readers = list(half.users)
+    first = min(readers, default=graph.output_node())
+    with graph.inserting_before(first):
+        shared = graph.call_function(attention.cfg_shared, (half,), {"axis": axis})
+    half.replace_all_uses_with(shared, delete_user_cb=lambda user: user is not shared)
+    return shared

@@ -1,0 +1,143 @@
+"""Small readings of an FX graph that several passes share.  Nothing here edits a graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_SEGMENT = re.compile(
+    r"""\.__dict__\['_modules'\]\['(?P<dict>[^']+)'\]   # diffusers' ModelMixin
+      | \._modules\['(?P<modules>[^']+)'\]
+      | \['(?P<item>[^']+)'\]
+      | \[(?P<index>\d+)\]
+      | \.(?P<attribute>[A-Za-z_0-9]+)""",
+    re.VERBOSE,
+)
+_ROOT = re.compile(r"^(?:L|G)\['[^']*'\]")
+
+
+def tensor_of(node: fx.Node) -> Tensor | None:
+    """The fake tensor a node yields, or None when it yields something else."""
+    value = node.meta.get("val")
+    return value if isinstance(value, Tensor) else None
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Static shape of a node's tensor.  Raises ValueError when the node yields no tensor."""
+    value = tensor_of(node)
+    if value is None:
+        raise ValueError(f"{node.name} yields no tensor")
+    return tuple(int(size) for size in value.shape)
+
+
+def clean_path(raw: str) -> str:
+    """A module path as users write it, from the spelling in ``nn_module_stack``.
+
+    >>> clean_path("L['self'].__dict__['_modules']['transformer_blocks'].0.attn1")
+    'transformer_blocks.0.attn1'
+    """
+    rest = _ROOT.sub("", raw)
+    parts = [next(part for part in match.groups() if part) for match in _SEGMENT.finditer(rest)]
+    return ".".join(part for part in parts if part != "_orig_mod")
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module a node was traced in; empty for the root's own forward.
+
+    A module that is called again in the same graph has ``@1``, ``@2`` ... at the end of its path.
+    """
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    key, (raw, _) = list(stack.items())[-1]
+    _, _, call = str(key).partition("@")
+    path = clean_path(raw)
+    return f"{path}@{call}" if call else path
+
+
+def block_of(path: str) -> str:
+    """The repeated unit that the attention at ``path`` lies in: up to its last number; empty without one.
+
+    >>> block_of("transformer_blocks.3.attn1")
+    'transformer_blocks.3'
+    """
+    parts = path.partition("@")[0].split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[: last + 1])
+
+
+def within(path: str, prefix: str) -> bool:
+    """Whether a module path is ``prefix`` or lies below it."""
+    path = path.partition("@")[0]
+    return not prefix or path == prefix or path.startswith(f"{prefix}.")
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes a node reads, in argument order, without repeats."""
+    return list(dict.fromkeys(node.all_input_nodes))
+
+
+def descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """``roots`` and every node that depends on one of them."""
+    found = set(roots)
+    stack = list(found)
+    while stack:
+        for user in stack.pop().users:
+            if user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    """``roots`` and every node that one of them depends on."""
+    found = set(roots)
+    stack = list(found)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
+    return found
+
+
+def arg(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An ATen node's argument by its schema name, wherever it was passed."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        for position, argument in enumerate(target._schema.arguments):
+            if argument.name == name:
+                if position < len(node.args):
+                    return node.args[position]
+                return argument.default_value if argument.has_default_value() else default
+    return default
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The placeholders of a graph in order."""
+    return list(graph.find_nodes(op="placeholder"))
+
+
+def calls(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes of a graph that compute something, in order."""
+    return (node for node in graph.nodes if node.op in ("call_function", "get_attr"))
+
+
+def output_values(graph: fx.Graph) -> tuple[Any, ...]:
+    """What the graph returns, as a flat tuple."""
+    (value,) = graph.output_node().args
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def evaluate(node: fx.Node) -> None:
+    """Set ``meta["val"]`` of a new node by running it on its inputs' fake tensors."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    assert callable(node.target)
+    with torch.no_grad():
+        node.meta["val"] = node.target(*args, **kwargs)
