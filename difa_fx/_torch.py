@@ -6,7 +6,9 @@ may import from a torch module whose name starts with an underscore.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +16,12 @@ import torch.fx
 from torch import Tensor
 from torch._dynamo.utils import counters as dynamo_counters
 from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import tracing
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
 from torch._inductor import list_mode_options, list_options
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -31,7 +36,9 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "WeakIdKeyDictionary",
+    "apart_from_dynamo",
     "compile_inductor",
+    "deferred_kernels",
     "dynamo_counters",
     "export_aten",
     "fake_inputs",
@@ -42,6 +49,7 @@ __all__ = [
     "is_static_input",
     "propagate",
     "trace_aten",
+    "warm_up_cpu_codegen",
 ]
 
 
@@ -56,20 +64,31 @@ def fake_inputs(inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
     ]
 
 
-def export_aten(gm: torch.fx.GraphModule, fakes: Sequence[Any]) -> torch.fx.GraphModule:
-    """Functional pre-dispatch ATen graph of ``gm``: composites such as linear and SDPA stay whole.
+def export_aten(
+    gm: torch.fx.GraphModule, fakes: Sequence[Any]
+) -> tuple[torch.fx.GraphModule, list[str]]:
+    """Functional pre-dispatch ATen graph of ``gm``, and the inputs that it writes to.
 
-    Wraps ``aot_export_module(pre_dispatch=True)``.  Its inputs are ``gm``'s placeholders in order, after
-    any parameter or buffer that ``gm`` itself owns; input mutations become leading outputs.
+    Composites such as linear and scaled_dot_product_attention stay whole.  ``make_fx`` traces once, which is
+    enough for most denoisers; one that writes in place is functionalised by ``aot_export_module``, which traces
+    twice.  Placeholders are ``gm``'s, after any parameter or buffer that ``gm`` itself owns.
     """
     mode = next(value.fake_mode for value in fakes if isinstance(value, FakeTensor))
     with torch.no_grad(), torch.fx.traceback.preserve_node_meta(), mode:
+        traced = make_fx(torch.fx.Interpreter(gm).run, pre_dispatch=True)(*fakes)
+        if not any(_writes(node) for node in traced.graph.nodes):
+            return traced, []
         exported, signature = aot_export_module(
             gm, list(fakes), trace_joint=False, pre_dispatch=True
         )
     assert isinstance(exported, torch.fx.GraphModule)
-    exported.meta["difa_signature"] = signature
-    return exported
+    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    return exported, written
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def trace_aten(gm: torch.fx.GraphModule, fakes: Sequence[Any]) -> torch.fx.GraphModule:
@@ -91,6 +110,34 @@ def compile_inductor(
 ) -> Callable[..., Any]:
     """``gm`` compiled by AOTAutograd and Inductor.  Wraps ``compile_fx``, which may edit ``gm``."""
     return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def deferred_kernels() -> Iterator[None]:
+    """Within, kernels are built in the background while the next graph is lowered; at the end all are ready.
+
+    Inductor waits for a graph's kernels as soon as its module is loaded.  Here that wait is put off: pieces that
+    share two cores take turns at Python and at the C++ compiler.  Replaces ``AsyncCompile.wait`` for the time.
+    """
+    waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
+    wait = AsyncCompile.wait
+    AsyncCompile.wait = lambda self, scope: waiting.append((self, scope))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AsyncCompile.wait = wait  # type: ignore[method-assign]
+        for compiler, scope in waiting:
+            wait(compiler, scope)
+
+
+def apart_from_dynamo() -> contextlib.AbstractContextManager[None]:
+    """Within, compilations do not see Dynamo's own tracing context and its fake tensors.  Wraps ``tracing``."""
+    return tracing(None)  # type: ignore[no-any-return]
+
+
+def warm_up_cpu_codegen() -> None:
+    """Find out in the background what the CPU's vector units are; Inductor runs a compiler to do so."""
+    threading.Thread(target=pick_vec_isa, name="difa-vec-isa", daemon=True).start()
 
 
 def inductor_mode(mode: str | None) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from difa_fx._torch import flex_band
 WindowKernel = Literal["flex", "flash", "sdpa"]
 WINDOW_KERNELS: Final = ("auto", "flex", "flash", "sdpa")
 
-_FLEX_BLOCK: Final = {"cpu": 64, "cuda": 128}
 _MIN_BLOCK: Final = 64
 _MAX_MASKED_BLOCKS: Final = 16
 
@@ -30,8 +29,8 @@ def window_attention(
     q_BHND: Tensor,
     k_BHND: Tensor,
     v_BHND: Tensor,
-    mask: Tensor | None = None,
-    *,
+    mask: Tensor | None,
+    *band: Tensor,
     window: int,
     scale: float | None = None,
     kernel: WindowKernel = "sdpa",
@@ -40,6 +39,7 @@ def window_attention(
 
     Args:
         mask: the model's own mask, bool or additive, that broadcasts to [B, H, N, N]; ``sdpa`` only.
+        band: what :func:`band_tensors` made for this kernel, number of tokens and window.
         window: tokens to either side, over the flattened sequence.
         scale: of the scores; 1 / sqrt(D) when None.
         kernel: which implementation; :func:`choose_kernel` picks one.
@@ -51,12 +51,31 @@ def window_attention(
     if window >= tokens - 1:
         return scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask, scale=scale)
     if kernel == "flex":
-        return flex_band(
-            q_BHND, k_BHND, v_BHND, band_block_mask(tokens, window, q_BHND.device), scale
-        )
+        return flex_band(q_BHND, k_BHND, v_BHND, _block_mask(tokens, window, band), scale)
     if kernel == "flash":
         return _flash_band(q_BHND, k_BHND, v_BHND, window, scale)
-    return _sdpa_band(q_BHND, k_BHND, v_BHND, mask, window, scale)
+    return _sdpa_band(q_BHND, k_BHND, v_BHND, mask, band[0], window, scale)
+
+
+def band_tensors(
+    kernel: WindowKernel, *, tokens: int, window: int, masked: bool, like: Tensor
+) -> tuple[Tensor, ...]:
+    """The constants that :func:`window_attention` reads; made once, when a piece is compiled.
+
+    For ``sdpa`` an additive band of at most 2 blocks x 4 blocks, for ``flex`` four lists of block indices: never
+    anything of size N x N.
+    """
+    if window >= tokens - 1 or kernel == "flash":
+        return ()
+    if kernel == "flex":
+        return _block_lists(tokens, window, like.device)
+    block = _block(tokens, window, masked)
+    rows = min(tokens, 2 * block)
+    row = torch.arange(rows, device=like.device)[:, None]
+    column = torch.arange(rows + 2 * window, device=like.device)[None] - window
+    outside = torch.tensor(-math.inf, dtype=like.dtype, device=like.device)
+    inside = torch.zeros((), dtype=like.dtype, device=like.device)
+    return (torch.where((row - column).abs() <= window, inside, outside),)
 
 
 def choose_kernel(
@@ -74,51 +93,50 @@ def choose_kernel(
     return cast(WindowKernel, requested)
 
 
-def band_block_mask(tokens: int, window: int, device: torch.device | str) -> BlockMask:
-    """The band |i - j| <= window as flex_attention's block mask, in closed form: O(N / block) numbers.
+def _block_lists(
+    tokens: int, window: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The band |i - j| <= window as flex_attention's block lists, in closed form: O(N / block) numbers a row.
 
-    Key blocks that lie wholly in the band of a query block are listed as full, those that the band cuts as
-    partial.
+    Key blocks that the band cuts are listed as partial, those that lie in it for every query of a block as full:
+    (partial count, partial indices, full count, full indices).
     """
-    size = _FLEX_BLOCK.get(torch.device(device).type, 128)
+    size = _flex_block(device)
     blocks = -(-tokens // size)
     first_S = torch.arange(blocks, device=device) * size
     last_S = (first_S + size - 1).clamp(max=tokens - 1)
     low = (first_S - window).clamp(min=0) // size
     high = (last_S + window).clamp(max=tokens - 1) // size
-    reach = (last_S - window).clamp(min=0)
-    full_low = (reach + size - 1) // size
+    full_low = ((last_S - window).clamp(min=0) + size - 1) // size
     full_high = ((first_S + window + 1) // size).clamp(max=tokens // size) - 1
     full = (full_high - full_low + 1).clamp(min=0)
     left = torch.where(full > 0, full_low - low, high - low + 1)
     right = torch.where(full > 0, high - full_high, 0)
     index = torch.arange(blocks, device=device)[None]
     full_index = torch.where(index < full[:, None], full_low[:, None] + index, 0)
-    part_index = torch.where(
-        index < left[:, None],
-        low[:, None] + index,
-        torch.where(
-            index < (left + right)[:, None], full_high[:, None] + 1 + index - left[:, None], 0
-        ),
+    after = full_high[:, None] + 1 + index - left[:, None]
+    after = torch.where(index < (left + right)[:, None], after, 0)
+    part_index = torch.where(index < left[:, None], low[:, None] + index, after)
+    return tuple(  # type: ignore[return-value]
+        t.to(torch.int32)[None, None] for t in (left + right, part_index, full, full_index)
     )
 
+
+def _block_mask(tokens: int, window: int, lists: tuple[Tensor, ...]) -> BlockMask:
     def in_band(b: Tensor, h: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
         return (q_index - kv_index).abs() <= window
 
     return BlockMask.from_kv_blocks(
-        _int32(left + right),
-        _int32(part_index),
-        _int32(full),
-        _int32(full_index),
-        BLOCK_SIZE=size,
+        *lists,
+        BLOCK_SIZE=_flex_block(lists[0].device),
         mask_mod=in_band,
         seq_lengths=(tokens, tokens),
         compute_q_blocks=False,
     )
 
 
-def _int32(value: Tensor) -> Tensor:
-    return value.to(torch.int32)[None, None]
+def _flex_block(device: torch.device) -> int:
+    return 64 if device.type == "cpu" else 128
 
 
 def _flash_band(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
@@ -134,8 +152,20 @@ def _flash_band(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | Non
     return cast(Tensor, out).view(batch, tokens, heads, width).transpose(1, 2)
 
 
+def _block(tokens: int, window: int, masked: bool) -> int:
+    """Queries that the banded form takes at a time."""
+    block = max(window, _MIN_BLOCK)
+    return max(block, -(-tokens // _MAX_MASKED_BLOCKS)) if masked else block
+
+
 def _sdpa_band(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    band: Tensor,
+    window: int,
+    scale: float | None,
 ) -> Tensor:
     """Banded attention as SDPA over overlapping slices of the keys; the slices are views, not copies.
 
@@ -143,40 +173,30 @@ def _sdpa_band(
     with the blocks in the place of the heads; the two ends, where the band leaves the sequence, run apart.
     """
     batch, heads, tokens, width = q.shape
-    block = max(window, _MIN_BLOCK)
-    if mask is not None:
-        block = max(block, -(-tokens // _MAX_MASKED_BLOCKS))
-        mask = mask.expand(*mask.shape[:-2], tokens, tokens)
-        starts = range(0, tokens, block)
-        parts = [_edge(q, k, v, mask, s, min(s + block, tokens), window, scale) for s in starts]
-        return _joined(parts)
+    block = _block(tokens, window, mask is not None)
+
+    def edge(start: int, stop: int) -> Tensor:
+        return _edge(q, k, v, mask, band, start, stop, window, scale)
+
     inner = (tokens - window) // block - 1
-    if inner < 1:
-        starts = range(0, tokens, block)
-        return _joined(
-            [_edge(q, k, v, None, s, min(s + block, tokens), window, scale) for s in starts]
-        )
+    if mask is not None or inner < 1:
+        return _joined([edge(s, min(s + block, tokens)) for s in range(0, tokens, block)])
     stop = (inner + 1) * block
     span = block + 2 * window
-    row = torch.arange(block, device=q.device)[:, None]
-    column = torch.arange(span, device=q.device)[None] - window
-    band_SL = (row - column).abs() <= window
 
     def windows(t: Tensor) -> Tensor:
         cut = t[:, :, block - window : stop + window]
         return cut.unfold(2, span, block).transpose(-1, -2).flatten(0, 1)
 
-    queries = q[:, :, block:stop].unflatten(2, (inner, block)).flatten(0, 1)
     middle = scaled_dot_product_attention(
-        queries, windows(k), windows(v), attn_mask=band_SL, scale=scale
+        q[:, :, block:stop].unflatten(2, (inner, block)).flatten(0, 1),
+        windows(k),
+        windows(v),
+        attn_mask=band[:block, :span],
+        scale=scale,
     )
-    return _joined(
-        [
-            _edge(q, k, v, None, 0, block, window, scale),
-            middle.reshape(batch, heads, inner * block, width),
-            _edge(q, k, v, None, stop, tokens, window, scale),
-        ]
-    )
+    middle = middle.reshape(batch, heads, inner * block, width)
+    return _joined([edge(0, block), middle, edge(stop, tokens)])
 
 
 def _edge(
@@ -184,6 +204,7 @@ def _edge(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    band: Tensor,
     start: int,
     stop: int,
     window: int,
@@ -191,15 +212,17 @@ def _edge(
 ) -> Tensor:
     """Queries ``start`` to ``stop`` against the keys their windows reach."""
     low, high = max(0, start - window), min(q.shape[2], stop + window)
-    row = torch.arange(start, stop, device=q.device)[:, None]
-    column = torch.arange(low, high, device=q.device)[None]
-    keep = (row - column).abs() <= window
+    keep = band[: stop - start, low - start + window : high - start + window]
     if mask is not None:
-        part = mask[..., start:stop, low:high]
-        keep = keep & part if part.dtype == torch.bool else part.masked_fill(~keep, -math.inf)
+        part = _cut(_cut(mask, -2, start, stop), -1, low, high)
+        keep = torch.where(part, keep, -math.inf) if part.dtype == torch.bool else part + keep
     return scaled_dot_product_attention(
         q[:, :, start:stop], k[:, :, low:high], v[:, :, low:high], attn_mask=keep, scale=scale
     )
+
+
+def _cut(mask: Tensor, axis: int, start: int, stop: int) -> Tensor:
+    return mask if mask.shape[axis] == 1 else mask.narrow(axis, start, stop - start)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -230,9 +253,7 @@ def cfg_half(x: Tensor, *, axis: int, second: bool) -> Tensor:
 
 def cfg_shared(half: Tensor, *, axis: int) -> Tensor:
     """One half of a batch used for both."""
-    axis %= half.ndim
-    pair = half.unsqueeze(axis).expand(*half.shape[:axis], 2, *half.shape[axis:])
-    return pair.flatten(axis, axis + 1)
+    return torch.cat((half, half), axis)
 
 
 def in_layout(x: Tensor, stride: tuple[int, ...]) -> Tensor:

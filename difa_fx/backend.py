@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from difa_fx._torch import compile_inductor, input_sources, trace_aten
+from difa_fx._torch import (
+    apart_from_dynamo,
+    compile_inductor,
+    input_sources,
+    trace_aten,
+    warm_up_cpu_codegen,
+)
 from difa_fx.compile import PieceCompiler
 from difa_fx.errors import DifaError, GradError, SiteError
 from difa_fx.options import Options, parse_options
@@ -53,6 +59,8 @@ def difa(
         if parsed.plan is None:
             return _without_plan(gm, example_inputs, parsed)
         _refuse_gradients(example_inputs)
+        if parsed.compiler == "inductor" and any(_on_cpu(value) for value in example_inputs):
+            warm_up_cpu_codegen()
         graph = CompiledGraph(gm, example_inputs, compilation_for(options, parsed))
         if all(isinstance(value, Tensor) for value in example_inputs):
             graph.runner_for(example_inputs)
@@ -81,9 +89,9 @@ class CompiledGraph:
         key = _sizes(args) if self._dynamic else None
         runner = self._runners.get(key)
         if runner is None:
-            runner = self._runners[key] = make_runner(
-                self._gm, args, self._sources, self._compilation
-            )
+            with apart_from_dynamo():
+                runner = make_runner(self._gm, args, self._sources, self._compilation)
+            self._runners[key] = runner
             self._compilation.runners.append(runner)
         return runner
 
@@ -166,6 +174,10 @@ def _refuse_gradients(inputs: Sequence[Any]) -> None:
             allowed="torch.no_grad() or torch.inference_mode() around the call",
             todo="call the compiled denoiser under torch.no_grad(), or model.requires_grad_(False)",
         )
+
+
+def _on_cpu(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu"
 
 
 def _raiser(error: DifaError) -> Callable[..., Any]:

@@ -13,17 +13,18 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from difa_fx._torch import compile_inductor, trace_aten
+from difa_fx._torch import compile_inductor, deferred_kernels, trace_aten
 from difa_fx.attention import window_attention
 from difa_fx.passes.partition import Segment
-from difa_fx.passes.rewrite import RewriteSettings, Variant, VariantGraph, rewrite
+from difa_fx.passes.rewrite import RewriteSettings, VariantGraph, rewrite
+from difa_fx.schedule import SiteAction
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 
 Piece = Callable[..., Sequence[Any]]
 """Takes a segment's inputs and then a residual it reads; gives its outputs and then a residual it writes."""
 
-PieceKey = tuple[str, Variant]
+PieceKey = tuple[str, SiteAction | None]
 
 
 @dataclass(slots=True)
@@ -44,24 +45,23 @@ class PieceCompiler:
     pieces: dict[PieceKey, Piece] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def compile_all(self, wanted: Iterable[tuple[Segment, Variant]]) -> None:
+    def compile_all(self, wanted: Iterable[tuple[Segment, SiteAction | None]]) -> None:
         """Compile every piece of ``wanted`` that is not there yet, under a progress bar."""
         missing: dict[PieceKey, Segment] = {}
-        for segment, variant in wanted:
-            if (segment.signature, variant) not in self.pieces:
-                missing.setdefault((segment.signature, variant), segment)
+        for segment, action in wanted:
+            if (segment.signature, action) not in self.pieces:
+                missing.setdefault((segment.signature, action), segment)
         started = time.perf_counter()
-        with tqdm(
-            missing.items(), desc="difa: compile", unit="piece", disable=None, leave=False
-        ) as bar:
+        bar = tqdm(missing.items(), desc="difa: compile", unit="piece", disable=None, leave=False)
+        with bar, deferred_kernels():
             for key, segment in bar:
-                bar.set_postfix_str(f"{segment.name} {key[1]}"[:60])
+                bar.set_postfix_str(f"{segment.name} {key[1] or ''}"[:60])
                 self.pieces[key] = self._compile(rewrite(segment, key[1], self.settings))
         self.seconds += time.perf_counter() - started
 
-    def piece(self, segment: Segment, variant: Variant) -> Piece:
-        """The piece for ``segment`` under ``variant``, which :meth:`compile_all` has made."""
-        return self.pieces[segment.signature, variant]
+    def piece(self, segment: Segment, action: SiteAction | None) -> Piece:
+        """The piece for ``segment`` under ``action``, which :meth:`compile_all` has made."""
+        return self.pieces[segment.signature, action]
 
     def _compile(self, variant: VariantGraph) -> Piece:
         gm, inputs = variant.gm, variant.inputs

@@ -11,20 +11,21 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from difa_fx.attention import cfg_half, cfg_shared
 from difa_fx.clock import Clock
 from difa_fx.compile import PieceCompiler
 from difa_fx.errors import CFGError, ClockError, DifaError
-from difa_fx.passes.find_attention import Attention
+from difa_fx.passes.find_attention import Attention, AttentionSite
 from difa_fx.passes.graph_tools import output_values, placeholders
 from difa_fx.passes.partition import Partition, Segment
-from difa_fx.passes.rewrite import Variant, residual_axis
-from difa_fx.plan import Method
-from difa_fx.schedule import FULL, Schedule, SiteStep, StateShape
+from difa_fx.passes.rewrite import residual_axis
+from difa_fx.schedule import FULL, Schedule, SiteAction, SiteStep, StateShape
 
 StateKey = tuple[str, str]
 """Path of a site, and ``output`` or ``residual``."""
@@ -34,23 +35,30 @@ StateKey = tuple[str, str]
 class Call:
     """One segment in a program.
 
+    A state that holds the conditional half alone is used for both halves of the batch, and of one that holds
+    the whole batch a half step reads the conditional half.
+
     Attributes:
         run: the compiled piece; None when the segment's output is taken from the state.
         inputs: slots it reads.
-        residual: the residual it reads, and the axis along which only its conditional half is taken, or None.
         outputs: slots it fills.
+        dead: slots that nothing reads after it.
+        widen: axis along which its output, a half, is used for both halves.
+        residual: the residual it reads.
+        fit_residual: how the stored residual is fitted to the batch it computes, when that differs.
         stored: the output it takes from the state instead of running.
         keeps: the state its output becomes.
         writes: the residual it leaves.
         drops: state that nothing reads after it.
-        dead: slots that nothing reads after it.
     """
 
     run: Callable[..., Sequence[Any]] | None
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     dead: tuple[int, ...]
-    residual: tuple[StateKey, int | None] | None = None
+    widen: int | None = None
+    residual: StateKey | None = None
+    fit_residual: Callable[[Tensor], Tensor] | None = None
     stored: StateKey | None = None
     keeps: StateKey | None = None
     writes: StateKey | None = None
@@ -121,7 +129,6 @@ class Runner:
         self._compiler, self._strict = compiler, strict
         self._owner_position, self._clock_of = owner_position, clock_of
         self._sites = {site.path: site for site in attention.sites}
-        self._yielding = {site.output: site for site in attention.sites}
         self._slots = _slots(graph, partition)
         self._results = [
             self._slots.get(v) if isinstance(v, fx.Node) else v for v in output_values(graph)
@@ -185,58 +192,48 @@ class Runner:
         self._compiler.compile_all(v for row in rows for v in self._variants(row))
         return tuple(self._program(row) for row in rows)
 
-    def _variants(self, row: Mapping[str, SiteStep]) -> Iterator[tuple[Segment, Variant]]:
-        """The segments that run at a step, and how."""
+    def _variants(self, row: Mapping[str, SiteStep]) -> Iterator[tuple[Segment, SiteAction | None]]:
+        """The segments that run at a step, and what their sites do."""
         for segment in self.partition.segments:
-            variant = self._variant(segment, row)
-            if variant is not None:
-                yield segment, variant
-
-    def _variant(self, segment: Segment, row: Mapping[str, SiteStep]) -> Variant | None:
-        action = None if segment.site is None else row[segment.site.path].action
-        if action is not None and action.method is Method.CACHED:
-            return None
-        halves = []
-        for position, node in enumerate(segment.inputs):
-            site = self._yielding.get(node)
-            if site is not None and row[site.path].output_half:
-                halves.append((position, site.axes[site.output]))
-        return Variant(action, tuple(halves))
+            action = None if segment.site is None else row[segment.site.path].action
+            if action is None or action.method.computes:
+                yield segment, action
 
     def _program(self, row: Mapping[str, SiteStep]) -> Program:
-        calls = []
-        for segment, place in zip(self.partition.segments, self._layout, strict=True):
-            variant = self._variant(segment, row)
-            run = None if variant is None else self._compiler.piece(segment, variant)
-            entry = None if segment.site is None else row[segment.site.path]
-            calls.append(self._call(segment, run, entry, place))
-        return tuple(calls)
+        return tuple(
+            self._call(segment, place, None if segment.site is None else row[segment.site.path])
+            for segment, place in zip(self.partition.segments, self._layout, strict=True)
+        )
 
-    def _call(
-        self,
-        segment: Segment,
-        run: Callable[..., Any] | None,
-        entry: SiteStep | None,
-        place: _Place,
-    ) -> Call:
+    def _call(self, segment: Segment, place: _Place, entry: SiteStep | None) -> Call:
         slots = (place.inputs, place.outputs, place.dead)
         if segment.site is None or entry is None:
-            return Call(run, *slots)
+            return Call(self._compiler.piece(segment, None), *slots)
         site, action = segment.site, entry.action
         output, residual = (site.path, "output"), (site.path, "residual")
-        dropped = [(output, run is None and not entry.keeps_output)]
-        dropped += [(residual, action.reads_residual and not entry.keeps_residual)]
+        computes = action.method.computes
+        dropped = [(output, not computes and not entry.keeps_output)]
+        dropped += [(residual, action.method.windowed and not entry.keeps_residual)]
         return Call(
-            run,
+            self._compiler.piece(segment, action) if computes else None,
             *slots,
-            residual=(residual, residual_axis(site) if entry.takes_half else None)
-            if action.reads_residual
-            else None,
-            stored=output if run is None else None,
-            keeps=output if run is not None and entry.keeps_output else None,
+            widen=site.axes[site.output] if entry.output_half else None,
+            residual=residual if action.method.windowed else None,
+            fit_residual=self._fit(site, entry),
+            stored=None if computes else output,
+            keeps=output if computes and entry.keeps_output else None,
             writes=residual if action.writes_residual else None,
             drops=tuple(key for key, drops in dropped if drops),
         )
+
+    def _fit(self, site: AttentionSite, entry: SiteStep) -> Callable[[Tensor], Tensor] | None:
+        wants_half = entry.action.method.shares_cfg
+        if not entry.action.method.windowed or entry.residual_half == wants_half:
+            return None
+        axis, second = residual_axis(site), self._compiler.settings.second
+        if wants_half:
+            return lambda stored: cfg_half(stored, axis=axis, second=second).contiguous()
+        return partial(cfg_shared, axis=axis)
 
     def _session(self, args: Sequence[Any]) -> Session:
         owner = args[self._owner_position] if self._owner_position is not None else None
@@ -293,32 +290,31 @@ class Runner:
         for call in program:
             if call.run is None:
                 assert call.stored is not None
-                slots[call.outputs[0]] = state[call.stored]
+                results: Sequence[Any] = (state[call.stored],)
             else:
                 values = [slots[i] for i in call.inputs]
                 if call.residual is not None:
-                    values.append(self._residual(state, *call.residual))
+                    stored = state[call.residual]
+                    values.append(
+                        stored if call.fit_residual is None else call.fit_residual(stored)
+                    )
                 results = call.run(*values)
                 del values
-                for slot, value in zip(call.outputs, results, strict=False):
-                    slots[slot] = value
-                if call.keeps is not None:
-                    state[call.keeps] = results[0]
-                if call.writes is not None:
-                    state[call.writes] = results[-1]
-                del results
+            if call.keeps is not None:
+                state[call.keeps] = results[0]
+            if call.writes is not None:
+                state[call.writes] = results[-1]
+            if call.widen is not None:
+                results = (cfg_shared(results[0], axis=call.widen),)
+            for slot, value in zip(call.outputs, results, strict=False):
+                slots[slot] = value
+            del results
             for key in call.drops:
                 del state[key]
             for slot in call.dead:
                 slots[slot] = None
         session.peak_bytes = max(session.peak_bytes, session.state_bytes)
         return self._collect(slots)
-
-    def _residual(
-        self, state: Mapping[StateKey, Tensor], key: StateKey, axis: int | None
-    ) -> Tensor:
-        stored = state[key]
-        return stored if axis is None else stored.chunk(2, axis)[self._compiler.settings.second]
 
     def _collect(self, slots: Sequence[Any]) -> tuple[Any, ...]:
         pairs = zip(self._results, self._result_nodes, strict=True)

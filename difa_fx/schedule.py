@@ -19,22 +19,14 @@ class SiteAction:
 
     Attributes:
         method: the plan's method.
-        reads_half: the residual it reads holds the conditional half alone.
         writes_residual: it hands out full minus window attention, for a later window step.
     """
 
     method: Method
-    reads_half: bool = False
     writes_residual: bool = False
 
-    @property
-    def reads_residual(self) -> bool:
-        """Whether it takes a stored residual."""
-        return self.method.windowed
-
     def __str__(self) -> str:
-        half = "/2" if self.reads_half else ""
-        return f"{self.method.value}{half}" + ("->r" if self.writes_residual else "")
+        return self.method.value + ("->r" if self.writes_residual else "")
 
 
 FULL = SiteAction(Method.FULL)
@@ -44,18 +36,19 @@ FULL = SiteAction(Method.FULL)
 class SiteStep:
     """One site at one step, as the runner sees it.
 
+    A state that a ``+cfg`` step made holds the conditional half alone.
+
     Attributes:
         action: what its piece computes.
-        output_half: the output that is current after this step, computed now or stored, is of the conditional
-            half alone.
-        takes_half: the stored residual is of the whole batch and only its conditional half is read.
+        output_half: the output that is current after this step, computed now or stored, is such a half.
+        residual_half: the residual that is read or written is such a half.
         keeps_output: the next step reads this step's output.
         keeps_residual: a later step reads the stored residual.
     """
 
     action: SiteAction
     output_half: bool = False
-    takes_half: bool = False
+    residual_half: bool = False
     keeps_output: bool = False
     keeps_residual: bool = False
 
@@ -86,17 +79,14 @@ class Schedule:
 
     def state_bytes(self, shapes: Mapping[str, StateShape]) -> tuple[int, ...]:
         """Bytes of state held after each step, with each site's sizes from ``shapes``."""
-        residual_share = dict.fromkeys(self.sites, 1)
         totals = []
         for row in self.rows:
             total = 0
             for site, entry in zip(self.sites, row, strict=True):
-                if entry.action.writes_residual:
-                    residual_share[site] = 2 if entry.action.method.shares_cfg else 1
                 if entry.keeps_output:
                     total += shapes[site].output_bytes // (2 if entry.output_half else 1)
                 if entry.keeps_residual:
-                    total += shapes[site].residual_bytes // residual_share[site]
+                    total += shapes[site].residual_bytes // (2 if entry.residual_half else 1)
             totals.append(total)
         return tuple(totals)
 
@@ -121,22 +111,15 @@ def _column(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
     output_half = residual_half = False
     for step, method in enumerate(methods):
         follows = _window_follows(methods, step)
-        takes_half = False
-        if method.windowed:
-            takes_half = method.shares_cfg and not residual_half
-            action = SiteAction(method, reads_half=method.shares_cfg or residual_half)
-        elif method.refreshes:
+        if method.refreshes:
             residual_half = method.shares_cfg
-            action = SiteAction(method, writes_residual=follows)
-        else:
-            action = SiteAction(method)
         if method.computes:
             output_half = method.shares_cfg
         entries.append(
             SiteStep(
-                action,
+                SiteAction(method, writes_residual=method.refreshes and follows),
                 output_half=output_half,
-                takes_half=takes_half,
+                residual_half=residual_half,
                 keeps_output=_cached_follows(methods, step),
                 keeps_residual=follows,
             )

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from difa_fx._torch import FakeTensorMode, export_aten, fake_inputs, is_static_input
 from difa_fx.errors import GraphError
-from difa_fx.passes.graph_tools import output_values, placeholders
+from difa_fx.passes.graph_tools import output_values, placeholders, remove_dead
 
 aten = torch.ops.aten
 
@@ -65,31 +65,10 @@ def canonicalize(
         GraphError: the graph writes to its inputs, which a plan cannot replay.
     """
     with torch.no_grad():
-        fakes = fake_inputs(inputs, FakeTensorMode())
+        fakes = fake_inputs(inputs, FakeTensorMode(allow_non_fake_inputs=True))
     if not any(isinstance(value, Tensor) for value in fakes):
         raise GraphError("the graph has no tensor input", where="canonicalize")
-    exported = export_aten(gm, fakes)
-    signature = exported.meta.pop("difa_signature")
-    _refuse_mutations(signature)
-    owned = len(placeholders(exported.graph)) - len(fakes)
-    graph = exported.graph
-    for node in list(graph.nodes):
-        if node.target in _ASSERTIONS:
-            graph.erase_node(node)
-    _fold_noops(graph)
-    graph.eliminate_dead_code()
-    graph.lint()
-    exported.recompile()
-    static = [True] * owned + [is_static_input(value) for value in inputs]
-    return CanonicalGraph(
-        gm=exported,
-        sources=(*(f"graph constant {i}" for i in range(owned)), *sources),
-        static=tuple(static),
-    )
-
-
-def _refuse_mutations(signature: Any) -> None:
-    written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    exported, written = export_aten(gm, fakes)
     if written:
         raise GraphError(
             "the denoiser writes to its own buffers or inputs",
@@ -98,6 +77,21 @@ def _refuse_mutations(signature: Any) -> None:
             allowed="a denoiser whose forward only reads",
             todo="put the module in eval mode, or compile it without a plan",
         )
+    owned = len(placeholders(exported.graph)) - len(fakes)
+    graph = exported.graph
+    for node in list(graph.nodes):
+        if node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    _fold_noops(graph)
+    remove_dead(graph)
+    graph.lint()
+    exported.recompile()
+    static = [True] * owned + [is_static_input(value) for value in inputs]
+    return CanonicalGraph(
+        gm=exported,
+        sources=(*(f"graph constant {i}" for i in range(owned)), *sources),
+        static=tuple(static),
+    )
 
 
 def _fold_noops(graph: fx.Graph) -> None:

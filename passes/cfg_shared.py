@@ -117,13 +117,3 @@ def _set_sizes(copied: fx.Node, node: fx.Node, step: Step) -> None:
         copied.args = (copied.args[0], step.sizes["size"])
     elif "output_size" in step.sizes and node.kwargs.get("output_size") is not None:
         copied.kwargs = {**copied.kwargs, "output_size": step.sizes["output_size"]}
-
-
-def spread(graph: fx.Graph, half: fx.Node, axis: int) -> fx.Node:
-    """Use ``half``, a placeholder, for both halves of the batch wherever it is read."""
-    readers = list(half.users)
-    first = min(readers, default=graph.output_node())
-    with graph.inserting_before(first):
-        shared = graph.call_function(attention.cfg_shared, (half,), {"axis": axis})
-    half.replace_all_uses_with(shared, delete_user_cb=lambda user: user is not shared)
-    return shared

@@ -141,3 +141,26 @@ def evaluate(node: fx.Node) -> None:
     assert callable(node.target)
     with torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)
+
+
+def crossing_value(node: fx.Node) -> Any:
+    """The fake of a value that is handed from one segment to another: contiguous, so that equal layers are equal.
+
+    A tensor that is expanded (some stride is 0) keeps its layout: to fill it would cost memory.
+    """
+    value = node.meta.get("val")
+    expanded = isinstance(value, Tensor) and any(
+        stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)
+    )
+    if not isinstance(value, Tensor) or node.op == "placeholder" or expanded:
+        return value
+    return value.contiguous()
+
+
+def remove_dead(graph: fx.Graph) -> None:
+    """Drop every node that no output needs.
+
+    torch counts attention among the impure operations, for its dropout, and would keep it; a canonical graph is
+    functional, so nothing in it runs for its effect.
+    """
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

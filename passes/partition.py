@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor, fx
 
 from difa_fx.passes.canonicalize import CanonicalGraph
 from difa_fx.passes.find_attention import AttentionSite
-from difa_fx.passes.graph_tools import ancestors, calls, output_values
+from difa_fx.passes.graph_tools import ancestors, calls, crossing_value, output_values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +42,7 @@ class Segment:
         nodes: what it computes, in graph order.
         inputs: nodes of earlier segments and placeholders that it reads, in order of first use.
         outputs: its nodes that later segments or the graph's output read, in graph order.
+        returned: those of the outputs that the graph itself returns; they keep their layout.
         signature: digest of its structure.
     """
 
@@ -50,6 +51,7 @@ class Segment:
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    returned: frozenset[fx.Node]
     signature: str
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ def partition(canonical: CanonicalGraph, sites: Sequence[AttentionSite]) -> Part
             for node in members[number]
             if node in returned or any(place.get(user, number) != number for user in node.users)
         ]
-        segments.append(_segment(f"trunk {number // 2}", site, members[number], outputs))
+        segments.append(_segment(f"trunk {number // 2}", site, members[number], outputs, returned))
     return Partition(tuple(segments))
 
 
@@ -201,7 +203,11 @@ def _sort(graph: fx.Graph, place: Mapping[fx.Node, int]) -> None:
 
 
 def _segment(
-    name: str, site: AttentionSite | None, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
+    name: str,
+    site: AttentionSite | None,
+    nodes: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    returned: Set[fx.Node],
 ) -> Segment:
     own = set(nodes)
     read = dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in own)
@@ -211,18 +217,22 @@ def _segment(
         nodes=tuple(nodes),
         inputs=tuple(read),
         outputs=tuple(outputs),
-        signature=_signature(nodes, tuple(read), outputs),
+        returned=frozenset(returned & set(outputs)),
+        signature=_signature(nodes, tuple(read), outputs, returned),
     )
 
 
 def _signature(
-    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
+    nodes: Sequence[fx.Node],
+    inputs: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    returned: Set[fx.Node],
 ) -> str:
     index: dict[fx.Node, str] = {node: f"i{i}" for i, node in enumerate(inputs)}
     index |= {node: f"n{i}" for i, node in enumerate(nodes)}
-    parts: list[Any] = [[_described(node.meta.get("val")) for node in inputs]]
+    parts: list[Any] = [[_described(crossing_value(node)) for node in inputs]]
     parts += [(node.op, str(node.target), _arguments(node, index.__getitem__)) for node in nodes]
-    parts.append([index[node] for node in outputs])
+    parts.append([(index[node], node in returned) for node in outputs])
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -251,7 +261,7 @@ def extract(segment: Segment) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     nodes: dict[fx.Node, fx.Node] = {}
     for node in segment.inputs:
         nodes[node] = graph.placeholder(node.name)
-        nodes[node].meta = {"val": node.meta.get("val")}
+        nodes[node].meta = {"val": crossing_value(node)}
     for node in segment.nodes:
         nodes[node] = graph.node_copy(node, nodes.__getitem__)
     graph.output(tuple(nodes[node] for node in segment.outputs))

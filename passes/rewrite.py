@@ -2,8 +2,8 @@
 
 State is explicit.  A window step takes the stored residual as one more input after the region's own; a full step
 that must refresh it hands it out as one more output.  A site's output is an ordinary value between two segments,
-so to cache it is to keep that value, and to reuse it is not to call the region.  A segment that reads an output
-made for the conditional half alone begins with ``cfg_shared``.
+so to cache it is to keep that value, and to reuse it is not to call the region.  A ``+cfg`` region yields, and a
+``window+cfg`` region reads, the conditional half alone; the runner uses it for both.
 """
 
 from __future__ import annotations
@@ -18,30 +18,13 @@ from difa_fx import attention
 from difa_fx._torch import FakeTensor, propagate
 from difa_fx.errors import SiteError
 from difa_fx.passes.cached_output import cached_output
-from difa_fx.passes.cfg_shared import cfg_shared, spread
+from difa_fx.passes.cfg_shared import cfg_shared
 from difa_fx.passes.find_attention import AttentionSite
-from difa_fx.passes.graph_tools import output_values, placeholders
+from difa_fx.passes.graph_tools import crossing_value, output_values, placeholders, remove_dead
 from difa_fx.passes.partition import Segment, extract
 from difa_fx.passes.window_attention import window_attention, window_residual
 from difa_fx.plan import Method
 from difa_fx.schedule import SiteAction, SiteStep
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """What a segment is to do.
-
-    Attributes:
-        action: the site's action; None for a trunk.
-        half_inputs: positions of the inputs that hold the conditional half alone, and their batch axes.
-    """
-
-    action: SiteAction | None = None
-    half_inputs: tuple[tuple[int, int], ...] = ()
-
-    def __str__(self) -> str:
-        halves = f" reads {len(self.half_inputs)} halves" if self.half_inputs else ""
-        return f"{self.action or ''}{halves}".strip()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,26 +56,30 @@ class RewriteSettings:
     kernel: str
 
 
-def rewrite(segment: Segment, variant: Variant, settings: RewriteSettings) -> VariantGraph:
-    """The variant of ``segment``, shape-propagated and linted; ``segment`` is not edited.
+def rewrite(segment: Segment, action: SiteAction | None, settings: RewriteSettings) -> VariantGraph:
+    """The variant of ``segment`` that does ``action``, shape-propagated and linted.
+
+    Args:
+        segment: a segment of the partition; it is not edited.
+        action: its site's action; None for a trunk.
+        settings: window, CFG order and kernel.
 
     Raises:
         SiteError: the site cannot do its action; the message has the reason.
     """
     gm, moved = extract(segment)
     graph = gm.graph
-    expected = [node.meta["val"] for node in segment.outputs]
-    if segment.site is not None and variant.action is not None:
-        check_possible(segment.site, variant.action.method)
-        site = segment.site.moved(moved)
-        outputs = _act(graph, site, variant.action, settings)
-        if variant.action.method.shares_cfg:
+    expected = [
+        node.meta["val"] if node in segment.returned else crossing_value(node)
+        for node in segment.outputs
+    ]
+    if segment.site is not None and action is not None:
+        check_possible(segment.site, action.method)
+        outputs = _act(graph, segment.site.moved(moved), action, settings)
+        if action.method.shares_cfg:
             expected = [half_of(expected[0], segment.site.axes[segment.site.output])]
         graph.output_node().args = (tuple(outputs),)
-    inputs = placeholders(graph)
-    for position, axis in variant.half_inputs:
-        _spread_input(graph, inputs[position], axis)
-    graph.eliminate_dead_code()
+    remove_dead(graph)
     graph.lint()
     gm.recompile()
     values = tuple(node.meta["val"] for node in placeholders(graph))
@@ -129,9 +116,12 @@ def rewrite_step(
         row: what each does.
         settings: window, CFG order and kernel.
     """
-    graph = fx.Graph()
     moved: dict[fx.Node, fx.Node] = {}
-    results = graph.graph_copy(gm.graph, moved)
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(gm.graph, moved))
+    rewritten = fx.GraphModule(gm, copy)
+    graph = rewritten.graph
+    moved = {old: new for old, new in zip(gm.graph.nodes, graph.nodes, strict=True)}
     written: list[fx.Node] = []
     for original in sites:
         site, entry = original.moved(moved), row[original.path]
@@ -141,34 +131,42 @@ def rewrite_step(
             state = _add_input(graph, "output_in", value if axis is None else half_of(value, axis))
             cached_output(graph, site, state, shared_axis=axis)
             continue
-        _, *residual = _act(graph, site, entry.action, settings)
+        half = entry.residual_half and not entry.action.method.shares_cfg
+        _, *residual = _act(graph, site, entry.action, settings, half_residual=half)
         written += residual
-    graph.output((results, *written) if isinstance(results, fx.Node) else (*results, *written))
-    graph.eliminate_dead_code()
+    graph.output_node().args = ((*output_values(graph), *written),)
+    remove_dead(graph)
     graph.lint()
-    return fx.GraphModule(gm, graph)
+    rewritten.recompile()
+    return rewritten
 
 
 def _act(
-    graph: fx.Graph, site: AttentionSite, action: SiteAction, settings: RewriteSettings
+    graph: fx.Graph,
+    site: AttentionSite,
+    action: SiteAction,
+    settings: RewriteSettings,
+    *,
+    half_residual: bool = False,
 ) -> list[fx.Node]:
-    """Make ``site`` do ``action``; the node of its output, and of the residual if it writes one."""
+    """Make ``site`` do ``action``; the node of its output, and of the residual if it writes one.
+
+    ``half_residual``: the residual it reads for the whole batch holds the conditional half alone.
+    """
     whole = site
     if action.method.shares_cfg:
         site, _ = cfg_shared(graph, site, second=settings.second)
-    if action.reads_residual:
-        axis = whole.axes[whole.anchor] if action.reads_half else None
+    if action.method.windowed:
         value = _stored_residual(whole)
-        state = _add_input(
-            graph, "residual_in", value if axis is None else half_of(value, _swapped(axis))
-        )
+        if half_residual or action.method.shares_cfg:
+            value = half_of(value, residual_axis(whole))
         window_attention(
             graph,
             site,
-            state,
+            _add_input(graph, "residual_in", value),
             window=settings.window,
             kernel=settings.kernel,
-            shared_axis=None if axis is None or action.method.shares_cfg else _swapped(axis),
+            shared_axis=residual_axis(whole) if half_residual else None,
         )
     if action.writes_residual:
         missed = window_residual(graph, site, window=settings.window, kernel=settings.kernel)
@@ -176,14 +174,13 @@ def _act(
     return [site.output]
 
 
-def _swapped(axis: int) -> int:
-    """An axis of attention's [B, H, N, D] in a residual's [B, N, H, D]."""
-    return {1: 2, 2: 1}.get(axis, axis)
-
-
 def residual_axis(site: AttentionSite) -> int:
-    """Batch axis of a site's stored residual.  Raises KeyError when the batch is not followed there."""
-    return _swapped(site.axes[site.anchor])
+    """Batch axis of a site's stored residual, [B, N, H, D] where attention is [B, H, N, D].
+
+    Raises KeyError when the batch is not followed there.
+    """
+    axis = site.axes[site.anchor]
+    return {1: 2, 2: 1}.get(axis, axis)
 
 
 def _stored_residual(site: AttentionSite) -> Tensor:
@@ -195,8 +192,8 @@ def _stored_residual(site: AttentionSite) -> Tensor:
 
 
 def half_of(value: Tensor, axis: int) -> Tensor:
-    """A fake of half the batch, its axes in memory in the order of ``value``'s."""
-    return torch.empty_like(value.narrow(axis, 0, value.shape[axis] // 2))
+    """A contiguous fake of half the batch."""
+    return value.narrow(axis, 0, value.shape[axis] // 2).contiguous()
 
 
 def _add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
@@ -205,13 +202,6 @@ def _add_input(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
         node = graph.placeholder(name)
     node.meta["val"] = value
     return node
-
-
-def _spread_input(graph: fx.Graph, node: fx.Node, axis: int) -> None:
-    """Use an input that holds one half of the batch for both."""
-    whole = node.meta["val"]
-    node.meta["val"] = half_of(whole, axis)
-    spread(graph, node, axis)
 
 
 def _keep_layout(gm: fx.GraphModule, inputs: Sequence[object], expected: Sequence[Tensor]) -> None:

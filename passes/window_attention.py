@@ -16,7 +16,8 @@ After, at a full step whose residual a later step reads::
 
 from __future__ import annotations
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from difa_fx import attention
 from difa_fx.passes.find_attention import AttentionSite
@@ -73,5 +74,28 @@ def _banded(graph: fx.Graph, site: AttentionSite, window: int, kernel: str) -> f
         window=window,
         masked=mask is not None,
     )
+    tensors = attention.band_tensors(
+        chosen,
+        tokens=shape_of(q)[-2],
+        window=window,
+        masked=mask is not None,
+        like=_real_like(value),
+    )
+    band = [_constant(graph, f"band_{window}_{i}", tensor) for i, tensor in enumerate(tensors)]
     settings = {"window": window, "scale": arg(anchor, "scale"), "kernel": chosen}
-    return graph.call_function(attention.window_attention, (*anchor.args[:3], mask), settings)
+    args = (*anchor.args[:3], mask, *band)
+    return graph.call_function(attention.window_attention, args, settings)
+
+
+def _real_like(value: Tensor) -> Tensor:
+    """An empty real tensor of the dtype and device of a fake one."""
+    return torch.empty(0, dtype=value.dtype, device=value.device)
+
+
+def _constant(graph: fx.Graph, name: str, value: Tensor) -> fx.Node:
+    """``value`` as a buffer of the graph's module, read by a new node."""
+    module = graph.owning_module
+    assert module is not None
+    if not hasattr(module, name):
+        module.register_buffer(name, value, persistent=False)
+    return graph.get_attr(name)
