@@ -17,11 +17,13 @@ from torch import Tensor, fx
 
 from difa_fx._torch import FakeTensorMode, export_aten, fake_inputs, is_static_input
 from difa_fx.errors import GraphError
-from difa_fx.passes.graph_tools import output_values, placeholders, remove_dead
+from difa_fx.passes.graph_tools import arg, output_values, placeholders, remove_dead
 
 aten = torch.ops.aten
 
 _ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_async.msg}
+
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +115,17 @@ def _identity_of(node: fx.Node) -> fx.Node | None:
         return source if probability == 0 or not training else None
     if node.target in (aten.div.Tensor, aten.mul.Tensor) and not node.kwargs:
         same = isinstance(rest[0], (int, float)) and rest[0] == 1
-        before, after = source.meta.get("val"), node.meta.get("val")
-        kept = (
-            isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
-        )
-        return source if same and kept else None
-    if node.target in (aten.alias.default, aten.lift_fresh_copy.default):
-        return source if node.target is aten.alias.default else None
+        return source if same and _same_kind(source, node) else None
+    if node.target is aten.alias.default:
+        return source
+    if node.target in _CASTS:
+        copies = arg(node, "copy") or arg(node, "memory_format") is not None
+        return source if not copies and _same_kind(source, node) else None
     return None
+
+
+def _same_kind(before: fx.Node, after: fx.Node) -> bool:
+    old, new = before.meta.get("val"), after.meta.get("val")
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        return False
+    return old.dtype == new.dtype and old.device == new.device and old.layout == new.layout

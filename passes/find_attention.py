@@ -60,6 +60,7 @@ _CARRIERS = {
     aten.contiguous.default,
     aten.clone.default,
     aten._to_copy.default,
+    aten.to.dtype,
     aten.dropout.default,
     aten.slice.Tensor,
     aten.squeeze.dim,
