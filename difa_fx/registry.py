@@ -17,6 +17,7 @@ from torch import nn
 from difa_fx._torch import WeakIdKeyDictionary
 from difa_fx.clock import Clock
 from difa_fx.options import Options
+from difa_fx.plan import Plan
 from difa_fx.runtime import Runner, RunnerStats
 
 
@@ -98,6 +99,12 @@ def runners(model: nn.Module) -> list[Runner]:
         for runner in compilation.runners
         if runner.serves(owned)
     ]
+
+
+def plans(model: nn.Module) -> list[Plan]:
+    """The plans that ``model`` was called under so far."""
+    found = [c.options.plan for c in list(_compilations.values()) if any(c.clocks_for(model))]
+    return [plan for plan in found if plan is not None]
 
 
 def stats(model: nn.Module) -> tuple[RunnerStats, ...]:

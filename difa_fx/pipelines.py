@@ -1,0 +1,169 @@
+"""diffusers pipelines: compile their denoiser under a plan and listen to their scheduler.
+
+The scheduler knows what a compiled graph cannot: that a generation begins, and which timesteps it will have.
+:func:`attach` hears its ``set_timesteps`` and sets the step clock by it, so that an interrupted generation, another
+number of steps or a second pipeline can never meet old state.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from difa_fx import registry
+from difa_fx.errors import AttachError, PlanError
+from difa_fx.options import parse_options
+from difa_fx.plan import Plan, as_plan
+
+_DENOISERS = ("transformer", "unet", "denoiser", "model")
+_MAX_SHOWN = 6
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Attachment:
+    denoiser: nn.Module
+    compiled_before: Any
+    scheduler: Any
+    compiled_here: bool
+
+
+_attachments: weakref.WeakKeyDictionary[Any, _Attachment] = weakref.WeakKeyDictionary()
+
+
+def attach(pipe: Any, plan: object = None, *, mode: str | None = None, **options: Any) -> Any:
+    """Compile a pipeline's denoiser with ``backend="difa"`` and let its scheduler set the step clock.
+
+    A denoiser that was compiled with ``backend="difa"`` before stays as it is when no plan is given; only the
+    scheduler is heard then.
+
+    Args:
+        pipe: a diffusers pipeline, or any object with a ``transformer`` or ``unet`` and a ``scheduler`` that has
+            ``set_timesteps`` and ``timesteps``.
+        plan: a path, dict or :class:`~difa_fx.plan.Plan`.
+        mode: torch's own, for instance ``reduce-overhead``.
+        options: the backend's other options.
+
+    Returns:
+        ``pipe``.
+
+    Raises:
+        AttachError: the object is no pipeline, or is attached already.
+        PlanError: the plan is malformed; later, from ``set_timesteps``, that it has another number of steps.
+        OptionError: an option is unknown or wrong.
+    """
+    if pipe in _attachments:
+        raise AttachError(
+            "this pipeline is attached already",
+            where="difa_fx.attach",
+            got=type(pipe).__name__,
+            todo="call difa_fx.detach(pipe) first",
+        )
+    denoiser, scheduler = _parts(pipe)
+    before = denoiser._compiled_call_impl
+    checked: Plan | None = None
+    if plan is not None:
+        checked = as_plan(plan)
+        settings = {"plan": checked, **options}
+        parse_options(settings, mode)
+        denoiser.compile(backend="difa", options=settings, mode=mode)
+    elif before is None:
+        raise AttachError(
+            "there is no plan, and the denoiser is not compiled",
+            where="difa_fx.attach",
+            got="plan=None",
+            allowed="a plan, or a denoiser compiled with backend='difa'",
+            todo="call difa_fx.attach(pipe, plan)",
+        )
+    _attachments[pipe] = _Attachment(denoiser, before, scheduler, checked is not None)
+    _listen(scheduler, denoiser, checked)
+    return pipe
+
+
+def detach(pipe: Any) -> Any:
+    """Undo :func:`attach`: the denoiser as it was before, the scheduler no longer heard, all state dropped.
+
+    Raises:
+        AttachError: the pipeline is not attached.
+    """
+    attachment = _attachments.pop(pipe, None)
+    if attachment is None:
+        raise AttachError(
+            "this pipeline is not attached",
+            where="difa_fx.detach",
+            got=type(pipe).__name__,
+            todo="call difa_fx.attach(pipe, plan) first",
+        )
+    vars(attachment.scheduler).pop("set_timesteps", None)
+    registry.release(attachment.denoiser)
+    if attachment.compiled_here:
+        attachment.denoiser._compiled_call_impl = attachment.compiled_before
+    return pipe
+
+
+def _parts(pipe: Any) -> tuple[nn.Module, Any]:
+    for name in _DENOISERS:
+        denoiser = getattr(pipe, name, None)
+        if isinstance(denoiser, nn.Module):
+            break
+    else:
+        raise AttachError(
+            "the pipeline has no denoiser",
+            where="difa_fx.attach",
+            got=type(pipe).__name__,
+            allowed=f"an attribute {', '.join(_DENOISERS)} that is a module",
+            todo="compile your module with torch.compile(backend='difa') and call difa_fx.reset before a generation",
+        )
+    scheduler = getattr(pipe, "scheduler", None)
+    if not callable(getattr(scheduler, "set_timesteps", None)):
+        raise AttachError(
+            "the pipeline has no scheduler to listen to",
+            where="difa_fx.attach",
+            got=type(scheduler).__name__,
+            allowed="an object with set_timesteps and timesteps",
+            todo="call difa_fx.reset(denoiser) before each generation instead",
+        )
+    return denoiser, scheduler
+
+
+def _listen(scheduler: Any, denoiser: nn.Module, plan: Plan | None) -> None:
+    """Put an instance attribute before the scheduler's own ``set_timesteps``."""
+    original: Callable[..., Any] = scheduler.set_timesteps
+
+    @functools.wraps(original)
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        timesteps = torch.as_tensor(scheduler.timesteps).detach().float().cpu().tolist()
+        for expected in _plans(denoiser, plan):
+            _check_steps(expected, timesteps)
+        registry.begin(denoiser, timesteps)
+        return result
+
+    scheduler.set_timesteps = set_timesteps
+
+
+def _plans(denoiser: nn.Module, plan: Plan | None) -> Sequence[Plan]:
+    return [plan] if plan is not None else registry.plans(denoiser)
+
+
+def _check_steps(plan: Plan, timesteps: Sequence[float]) -> None:
+    """Raise PlanError when a generation would have another number of denoiser calls than the plan."""
+    if len(timesteps) != plan.steps:
+        raise PlanError(
+            "the generation has another number of steps than the plan",
+            where="scheduler.set_timesteps",
+            got=f"{len(timesteps)} calls of the denoiser, at timesteps {_shown(timesteps)}",
+            allowed=f"{plan.steps}",
+            todo=f"pass num_inference_steps={plan.steps}, or use a plan made for {len(timesteps)} steps",
+        )
+
+
+def _shown(timesteps: Sequence[float]) -> str:
+    head = ", ".join(f"{t:g}" for t in timesteps[:_MAX_SHOWN])
+    return head + (", ..." if len(timesteps) > _MAX_SHOWN else "")
+
