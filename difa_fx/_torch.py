@@ -58,15 +58,10 @@ def fake_inputs(inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
 
     Wraps ``FakeTensorMode.from_tensor``.
     """
-    return [
-        mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
-        for value in inputs
-    ]
+    return [mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value for value in inputs]
 
 
-def export_aten(
-    gm: torch.fx.GraphModule, fakes: Sequence[Any]
-) -> tuple[torch.fx.GraphModule, list[str]]:
+def export_aten(gm: torch.fx.GraphModule, fakes: Sequence[Any]) -> tuple[torch.fx.GraphModule, list[str]]:
     """Functional pre-dispatch ATen graph of ``gm``, and the inputs that it writes to.
 
     Composites such as linear and scaled_dot_product_attention stay whole.  ``make_fx`` traces once, which is
@@ -78,9 +73,7 @@ def export_aten(
         traced = make_fx(torch.fx.Interpreter(gm).run, pre_dispatch=True)(*fakes)
         if not any(_writes(node) for node in traced.graph.nodes):
             return traced, []
-        exported, signature = aot_export_module(
-            gm, list(fakes), trace_joint=False, pre_dispatch=True
-        )
+        exported, signature = aot_export_module(gm, list(fakes), trace_joint=False, pre_dispatch=True)
     assert isinstance(exported, torch.fx.GraphModule)
     written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     return exported, written
@@ -105,9 +98,7 @@ def propagate(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, ...
         return tuple(FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs))
 
 
-def compile_inductor(
-    gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]
-) -> Callable[..., Any]:
+def compile_inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """``gm`` compiled by AOTAutograd and Inductor.  Wraps ``compile_fx``, which may edit ``gm``."""
     return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
 
@@ -130,9 +121,9 @@ def deferred_kernels() -> Iterator[None]:
             wait(compiler, scope)
 
 
-def apart_from_dynamo() -> contextlib.AbstractContextManager[None]:
+def apart_from_dynamo() -> contextlib.AbstractContextManager[object]:
     """Within, compilations do not see Dynamo's own tracing context and its fake tensors.  Wraps ``tracing``."""
-    return tracing(None)  # type: ignore[no-any-return]
+    return tracing(None)
 
 
 def warm_up_cpu_codegen() -> None:
@@ -174,9 +165,7 @@ def is_static_input(value: object) -> bool:
     )
 
 
-def flex_band(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float | None
-) -> Tensor:
+def flex_band(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float | None) -> Tensor:
     """flex_attention as the operator Inductor lowers, without Dynamo.  Tensors are [B, H, N, D].
 
     Calls the higher-order operator with the options the public function would give it; the public function
@@ -184,5 +173,5 @@ def flex_band(
     """
     options = _apply_kernel_options(q, k, v, False, {"ROWS_GUARANTEED_SAFE": True})
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, *_ = flex_attention_hop(q, k, v, _identity, block_mask.as_tuple(), scale, options)
+    out, *_ = flex_attention_hop(q, k, v, _identity, block_mask.as_tuple(), scale, dict(options))
     return out

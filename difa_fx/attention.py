@@ -57,9 +57,7 @@ def window_attention(
     return _sdpa_band(q_BHND, k_BHND, v_BHND, mask, band[0], window, scale)
 
 
-def band_tensors(
-    kernel: WindowKernel, *, tokens: int, window: int, masked: bool, like: Tensor
-) -> tuple[Tensor, ...]:
+def band_tensors(kernel: WindowKernel, *, tokens: int, window: int, masked: bool, like: Tensor) -> tuple[Tensor, ...]:
     """The constants that :func:`window_attention` reads; made once, when a piece is compiled.
 
     For ``sdpa`` an additive band of at most 2 blocks x 4 blocks, for ``flex`` four lists of block indices: never
@@ -78,9 +76,7 @@ def band_tensors(
     return (torch.where((row - column).abs() <= window, inside, outside),)
 
 
-def choose_kernel(
-    requested: str, *, device: str, tokens: int, window: int, masked: bool
-) -> WindowKernel:
+def choose_kernel(requested: str, *, device: str, tokens: int, window: int, masked: bool) -> WindowKernel:
     """The kernel for a site, given the ``window_kernel`` option.
 
     On CPU the banded form is the default: it was measured faster than flex's C++ template at 1 024 and 4 096
@@ -93,9 +89,7 @@ def choose_kernel(
     return cast(WindowKernel, requested)
 
 
-def _block_lists(
-    tokens: int, window: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _block_lists(tokens: int, window: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The band |i - j| <= window as flex_attention's block lists, in closed form: O(N / block) numbers a row.
 
     Key blocks that the band cuts are listed as partial, those that lie in it for every query of a block as full:
@@ -126,8 +120,12 @@ def _block_mask(tokens: int, window: int, lists: tuple[Tensor, ...]) -> BlockMas
     def in_band(b: Tensor, h: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
         return (q_index - kv_index).abs() <= window
 
+    partial_count, partial_index, full_count, full_index = lists
     return BlockMask.from_kv_blocks(
-        *lists,
+        partial_count,
+        partial_index,
+        full_count,
+        full_index,
         BLOCK_SIZE=_flex_block(lists[0].device),
         mask_mod=in_band,
         seq_lengths=(tokens, tokens),
@@ -144,10 +142,10 @@ def _flash_band(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | Non
     from torch.nn.attention.varlen import varlen_attn
 
     batch, heads, tokens, width = q.shape
-    packed = [t.transpose(1, 2).reshape(batch * tokens, heads, width) for t in (q, k, v)]
+    packed_q, packed_k, packed_v = (t.transpose(1, 2).reshape(batch * tokens, heads, width) for t in (q, k, v))
     ends = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
     out = varlen_attn(
-        *packed, ends, ends, tokens, tokens, scale=scale, window_size=(window, window)
+        packed_q, packed_k, packed_v, ends, ends, tokens, tokens, scale=scale, window_size=(window, window)
     )
     return cast(Tensor, out).view(batch, tokens, heads, width).transpose(1, 2)
 
@@ -189,7 +187,7 @@ def _sdpa_band(
         return cut.unfold(2, span, block).transpose(-1, -2).flatten(0, 1)
 
     middle = scaled_dot_product_attention(
-        q[:, :, block:stop].unflatten(2, (inner, block)).flatten(0, 1),
+        q[:, :, block:stop].reshape(batch * heads, inner, block, width),
         windows(k),
         windows(v),
         attn_mask=band[:block, :span],

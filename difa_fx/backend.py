@@ -10,6 +10,7 @@ A graph with symbolic shapes is specialised to each set of sizes it meets; each 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,10 +25,10 @@ from difa_fx._torch import (
     warm_up_cpu_codegen,
 )
 from difa_fx.compile import PieceCompiler
-from difa_fx.errors import DifaError, GradError, SiteError
+from difa_fx.errors import DifaError, GradError
 from difa_fx.options import Options, parse_options
 from difa_fx.passes.canonicalize import canonicalize
-from difa_fx.passes.find_attention import Attention, find_attention
+from difa_fx.passes.find_attention import Attention, AttentionSite, find_attention
 from difa_fx.passes.partition import partition
 from difa_fx.passes.rewrite import RewriteSettings, check_possible
 from difa_fx.plan import Method, Plan
@@ -72,9 +73,7 @@ def difa(
 class CompiledGraph:
     """One Dynamo graph under a plan: a runner for each set of input sizes."""
 
-    def __init__(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation) -> None:
         self._gm, self._compilation = gm, compilation
         self._sources = input_sources(gm)
         self._dynamic = not all(isinstance(value, Tensor) for value in example_inputs)
@@ -96,9 +95,7 @@ class CompiledGraph:
         return runner
 
 
-def make_runner(
-    gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str], compilation: Compilation
-) -> Runner:
+def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str], compilation: Compilation) -> Runner:
     """All stages of the design, for one graph at one set of shapes."""
     options = compilation.options
     assert options.plan is not None
@@ -106,9 +103,7 @@ def make_runner(
     attention = find_attention(canonical)
     plan = _fitted(options.plan, attention, strict=options.strict)
     parts = partition(canonical, attention.sites)
-    settings = RewriteSettings(
-        window=plan.window, second=plan.cfg == "uncond_first", kernel=options.window_kernel
-    )
+    settings = RewriteSettings(window=plan.window, second=plan.cfg == "uncond_first", kernel=options.window_kernel)
     return Runner(
         graph=canonical.gm.graph,
         attention=attention,
@@ -132,31 +127,25 @@ def _fitted(plan: Plan, attention: Attention, *, strict: bool) -> Plan:
     """
     plan.check_sites([site.path for site in attention.sites])
     for site in attention.sites:
-        if site.path not in plan.sites:
-            continue
-        for method in sorted(set(plan.column(site.path)), key=list(Method).index):
-            try:
-                check_possible(site, method)
-            except SiteError as error:
-                if strict:
-                    raise
-                plan = _without(plan, site.path, error)
-                break
+        asked = set(plan.column(site.path)) if site.path in plan.sites else set()
+        refused = [method for method in Method if method in asked and method in site.refused]
+        if refused and strict:
+            check_possible(site, refused[0])
+        elif refused:
+            plan = _without(plan, site, refused[0])
     return plan
 
 
-def _without(plan: Plan, path: str, error: SiteError) -> Plan:
-    import warnings
+def _without(plan: Plan, site: AttentionSite, method: Method) -> Plan:
+    warnings.warn(
+        f"difa_fx runs {site.path} in full at every step: it cannot do {method.value!r}: {site.refused[method]}",
+        stacklevel=2,
+    )
+    index = plan.sites.index(site.path)
+    return plan.replace(methods=[[*row[:index], Method.FULL, *row[index + 1 :]] for row in plan.methods])
 
-    warnings.warn(f"difa_fx runs {path} in full at every step: {error}", stacklevel=2)
-    index = plan.sites.index(path)
-    rows = [[*row[:index], Method.FULL, *row[index + 1 :]] for row in plan.methods]
-    return plan.replace(methods=rows)
 
-
-def _without_plan(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options
-) -> Callable[..., Any]:
+def _without_plan(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     if options.compiler == "eager":
         return gm
     if options.compiler == "aot_eager":
@@ -188,7 +177,4 @@ def _raiser(error: DifaError) -> Callable[..., Any]:
 
 
 def _sizes(args: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(
-        (tuple(value.shape), value.stride()) if isinstance(value, Tensor) else value
-        for value in args
-    )
+    return tuple((tuple(value.shape), value.stride()) if isinstance(value, Tensor) else value for value in args)

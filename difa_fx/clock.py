@@ -109,9 +109,7 @@ class Clock:
             )
         return step
 
-    def _compared(
-        self, timestep: float, expected: Sequence[float], step: int, tolerance: float
-    ) -> int:
+    def _compared(self, timestep: float, expected: Sequence[float], step: int, tolerance: float) -> int:
         if step < len(expected) and _same(timestep, expected[step], tolerance):
             return step
         if not self.attached and _same(timestep, expected[0], tolerance):
@@ -127,9 +125,7 @@ class Clock:
             wanted += f", or {expected[0]:g} to begin a new generation"
         raise ClockError(
             "the denoiser was called with a timestep that the plan does not expect now",
-            where=f"step clock, after step {self.position}"
-            if step
-            else "step clock, before the first step",
+            where=f"step clock, after step {self.position}" if step else "step clock, before the first step",
             got=f"timestep {timestep:g}",
             allowed=wanted,
             todo="use the sampler, number of steps and call order that the plan was made for; "

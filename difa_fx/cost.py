@@ -86,9 +86,7 @@ def projection_flops(batch: int, tokens: int, width: int) -> int:
     return 8 * batch * tokens * width * width
 
 
-def attention_flops(
-    shape: SiteShape, method: Method, window: Window, *, refresh: bool = False
-) -> int:
+def attention_flops(shape: SiteShape, method: Method, window: Window, *, refresh: bool = False) -> int:
     """Operations of attention's two matrix products: 4 D per pair, head and batch element.
 
     Args:
@@ -118,9 +116,7 @@ def site_flops(shape: SiteShape, method: Method, window: Window, *, refresh: boo
     return projections + attention_flops(shape, method, window, refresh=refresh)
 
 
-def kept(
-    plan: Plan, shapes: Mapping[str, SiteShape], projections: bool, *, refresh: bool = False
-) -> float:
+def kept(plan: Plan, shapes: Mapping[str, SiteShape], projections: bool, *, refresh: bool = False) -> float:
     """The fraction of the all-``full`` plan's operations that ``plan`` keeps, over all its steps.
 
     Args:

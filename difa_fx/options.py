@@ -87,9 +87,7 @@ def _mode(mode: str | None) -> dict[str, Any]:
     try:
         return inductor_mode(mode)
     except RuntimeError as error:
-        raise OptionError(
-            "unknown mode", where="torch.compile(mode=...)", got=mode, todo=str(error)
-        ) from None
+        raise OptionError("unknown mode", where="torch.compile(mode=...)", got=mode, todo=str(error)) from None
 
 
 def _inductor(settings: Mapping[str, Any]) -> dict[str, Any]:

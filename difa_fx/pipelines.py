@@ -8,6 +8,7 @@ number of steps or a second pipeline can never meet old state.
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -167,3 +168,73 @@ def _shown(timesteps: Sequence[float]) -> str:
     head = ", ".join(f"{t:g}" for t in timesteps[:_MAX_SHOWN])
     return head + (", ..." if len(timesteps) > _MAX_SHOWN else "")
 
+
+def load_denoiser(source: str, *, subfolder: str | None = None, random_weights: bool = False) -> nn.Module:
+    """A diffusers denoiser from a folder or the hub, by the class its config names.
+
+    Args:
+        source: folder or hub name.
+        subfolder: where in it the denoiser lies, for instance ``transformer``.
+        random_weights: read the config alone.
+
+    Raises:
+        AttachError: there is no config of a diffusers model.
+    """
+    import diffusers
+
+    try:
+        config = diffusers.DiTTransformer2DModel.load_config(source, subfolder=subfolder)
+        kind = getattr(diffusers, config["_class_name"])
+        model = kind.from_config(config) if random_weights else kind.from_pretrained(source, subfolder=subfolder)
+    except (OSError, KeyError, AttributeError) as error:
+        raise AttachError(
+            "no diffusers denoiser can be loaded",
+            where=source,
+            got=str(error).splitlines()[0],
+            allowed="a folder or hub name with a config.json that names a diffusers model",
+            todo="name the denoiser's own folder (or --subfolder transformer), or give module:function",
+        ) from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def example_inputs(model: Any, *, batch: int = 2) -> dict[str, Any]:
+    """Random inputs of the right shapes for an image denoiser that takes latents [B, C, H, W].
+
+    Covers what the configs of diffusers' DiT, PixArt, SD3 and UNet kinds tell; others are given by hand.
+
+    Args:
+        model: a diffusers model.
+        batch: B.
+
+    Raises:
+        AttachError: an input that the config says nothing about.
+    """
+    config = model.config
+    size, channels = config.get("sample_size"), config.get("in_channels")
+    takes = inspect.signature(model.forward).parameters
+    if not isinstance(size, int) or channels is None or ("hidden_states" not in takes and "sample" not in takes):
+        raise AttachError(
+            "example inputs cannot be made up for this model",
+            where=type(model).__name__,
+            got=f"sample_size={size}, in_channels={channels}",
+            allowed="a denoiser of latents [B, C, H, W]",
+            todo="give module:function that returns (model, args, kwargs)",
+        )
+    text = config.get("caption_channels") or config.get("joint_attention_dim") or config.get("cross_attention_dim")
+    made: dict[str, Any] = {
+        "hidden_states": torch.randn(batch, channels, size, size),
+        "sample": torch.randn(batch, channels, size, size),
+        "timestep": torch.full((batch,), 500),
+        "class_labels": torch.zeros(batch, dtype=torch.long),
+        "encoder_hidden_states": torch.randn(batch, 77, text or 1),
+        "pooled_projections": torch.randn(batch, config.get("pooled_projection_dim") or 1),
+        "added_cond_kwargs": {
+            "resolution": torch.full((batch, 2), 8.0 * size) if config.get("use_additional_conditions") else None,
+            "aspect_ratio": torch.ones(batch, 1) if config.get("use_additional_conditions") else None,
+        },
+    }
+    if config.get("norm_type") != "ada_norm_zero":
+        del made["class_labels"]
+    if text is None:
+        del made["encoder_hidden_states"]
+    return {name: value for name, value in made.items() if name in takes}

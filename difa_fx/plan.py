@@ -159,8 +159,7 @@ class Plan:
         last_warm = rules.as_count(warmup, "warmup") - 1
         names, between = rules.as_sites(sites, "sites"), rules.as_method(method, "method")
         rows = tuple(
-            (Method.FULL if i < last_warm or (i - last_warm) % every == 0 else between,)
-            * len(names)
+            (Method.FULL if i < last_warm or (i - last_warm) % every == 0 else between,) * len(names)
             for i in range(steps)
         )
         return cls(steps=steps, sites=names, methods=rows, window=window, cfg=cfg, **settings)
@@ -195,10 +194,7 @@ class Plan:
                 "text with {block} in it, such as transformer_blocks.{block}.attn1",
             )
         columns = [
-            [
-                rules.as_method(m, f"{where}: block{b}.step{i}", _XDIT_METHODS)
-                for i, m in enumerate(col)
-            ]
+            [rules.as_method(m, f"{where}: block{b}.step{i}", _XDIT_METHODS) for i, m in enumerate(col)]
             for b, col in enumerate(xdit_columns(value, where))
         ]
         return cls(
@@ -281,9 +277,7 @@ class Plan:
         unknown = [site for site in self.sites if site not in found]
         if not unknown:
             return
-        hints = [
-            f"{site} (nearest: {', '.join(nearest(site, known)) or 'none'})" for site in unknown[:3]
-        ]
+        hints = [f"{site} (nearest: {', '.join(nearest(site, known)) or 'none'})" for site in unknown[:3]]
         if len(unknown) > len(hints):
             hints.append(f"and {len(unknown) - len(hints)} more")
         raise fault(

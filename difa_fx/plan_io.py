@@ -210,9 +210,7 @@ def looks_like_xdit(value: object) -> bool:
 
 
 def _xdit_blocks(value: object, where: str) -> list[tuple[str, object]]:
-    return [
-        (f"{where}: block{i}", steps) for i, steps in enumerate(_numbered(value, "block", where))
-    ]
+    return [(f"{where}: block{i}", steps) for i, steps in enumerate(_numbered(value, "block", where))]
 
 
 def _numbered(value: object, name: str, where: str) -> list[object]:
@@ -276,17 +274,13 @@ def _check_stat(about: os.stat_result, where: str) -> None:
 
 def _parse(text: str, where: str) -> Any:
     def constant(name: str) -> NoReturn:
-        raise _fault(
-            f"the plan file holds {name}, which is not JSON", where, name, "finite numbers"
-        )
+        raise _fault(f"the plan file holds {name}, which is not JSON", where, name, "finite numbers")
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) != len(items):
             twice = sorted(key for key, n in Counter(key for key, _ in items).items() if n > 1)
-            raise _fault(
-                "the plan file has a key twice in one object", where, twice, "each key once"
-            )
+            raise _fault("the plan file has a key twice in one object", where, twice, "each key once")
         return found
 
     try:
@@ -303,15 +297,11 @@ def _parse(text: str, where: str) -> Any:
     except PlanFileError:
         raise
     except ValueError as error:  # a whole number of thousands of digits
-        raise _fault(
-            f"the plan file holds a value that cannot be read: {error}", where, None, "JSON"
-        ) from None
+        raise _fault(f"the plan file holds a value that cannot be read: {error}", where, None, "JSON") from None
 
 
 def _fault(what: str, where: str, got: object, allowed: str) -> PlanFileError:
-    return PlanFileError(
-        what, where=where, got=got, allowed=allowed, todo="mend the file, or save the plan again"
-    )
+    return PlanFileError(what, where=where, got=got, allowed=allowed, todo="mend the file, or save the plan again")
 
 
 def _not_json(value: object, where: str) -> PlanError:

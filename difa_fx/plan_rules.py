@@ -62,9 +62,7 @@ class Method(str, Enum):
 _METHODS: Final[Mapping[str, Method]] = {method.value: method for method in Method}
 
 
-def fault(
-    what: str, where: str, got: object, allowed: object, todo: str = "mend the plan"
-) -> PlanError:
+def fault(what: str, where: str, got: object, allowed: object, todo: str = "mend the plan") -> PlanError:
     """The PlanError for a value; text is shown as it is, other values with their kind."""
     shown = got if isinstance(got, str) else seen(got)
     return PlanError(what, where=where, got=shown, allowed=allowed, todo=todo)
@@ -166,9 +164,7 @@ def as_timesteps(value: object, where: str) -> tuple[float, ...] | None:
         # Compared and not converted, because float() of a huge whole number raises.
         number = isinstance(step, (int, float)) and not isinstance(step, bool)
         if not number or not abs(step) <= 1e300 or math.isnan(step):
-            raise fault(
-                "a timestep is not a finite number", f"{where}[{index}]", seen(step), "a number"
-            )
+            raise fault("a timestep is not a finite number", f"{where}[{index}]", seen(step), "a number")
     return tuple(float(step) for step in steps)
 
 
@@ -267,9 +263,7 @@ def check_first_step(methods: Sequence[Sequence[Method]]) -> None:
 def check_fields(value: object, where: str) -> None:
     """Checks the outer form of a plan's JSON: its format, its version, the names of its fields."""
     if not isinstance(value, Mapping):
-        raise fault(
-            "a plan is not a JSON object", where, value, "an object with the fields of a plan"
-        )
+        raise fault("a plan is not a JSON object", where, value, "an object with the fields of a plan")
     if looks_like_xdit(value):
         raise fault(
             "this is a plan of xDiT",
@@ -299,9 +293,7 @@ def check_fields(value: object, where: str) -> None:
     for name in value:
         if name not in known:
             close = nearest(str(name), known) or ["put it into provenance"]
-            raise fault(
-                "a plan has no such field", where, name, known, f"nearest: {', '.join(close)}"
-            )
+            raise fault("a plan has no such field", where, name, known, f"nearest: {', '.join(close)}")
     if missing := [name for name in _REQUIRED if name not in value]:
         raise fault(
             "a field is missing",

@@ -38,13 +38,13 @@ class Compilation:
         if owner is None:
             self.ownerless = self.ownerless or Clock(plan.steps, plan.timesteps)
             return self.ownerless
-        clock = self.clocks.get(owner)
-        if clock is None:
+        if owner not in self.clocks:
             clock = self.clocks[owner] = Clock(plan.steps, plan.timesteps)
             if owner in _begun:
                 clock.begin(_begun[owner])
-        assert isinstance(clock, Clock)
-        return clock
+        found = self.clocks[owner]
+        assert isinstance(found, Clock)
+        return found
 
     def clocks_for(self, model: nn.Module) -> Iterator[Clock]:
         """The clocks of ``model``, in this compilation."""
@@ -83,7 +83,8 @@ def begin(model: nn.Module, timesteps: Sequence[float] | None = None) -> None:
 def release(model: nn.Module) -> None:
     """Forget the scheduler of ``model``; its clocks go by the plan again."""
     for parameter in model.parameters():
-        _begun.pop(parameter, None)
+        if parameter in _begun:
+            del _begun[parameter]
     for compilation in list(_compilations.values()):
         plan = compilation.options.plan
         for clock in compilation.clocks_for(model):
@@ -94,10 +95,7 @@ def runners(model: nn.Module) -> list[Runner]:
     """The runners that served ``model``."""
     owned = {id(parameter) for parameter in model.parameters()}
     return [
-        runner
-        for compilation in list(_compilations.values())
-        for runner in compilation.runners
-        if runner.serves(owned)
+        runner for compilation in list(_compilations.values()) for runner in compilation.runners if runner.serves(owned)
     ]
 
 

@@ -20,12 +20,13 @@ from torch import Tensor, fx, nn
 from difa_fx.attention import cfg_half, cfg_shared
 from difa_fx.clock import Clock
 from difa_fx.compile import PieceCompiler
+from difa_fx.cost import SiteShape
 from difa_fx.errors import CFGError, ClockError, DifaError
 from difa_fx.passes.find_attention import Attention, AttentionSite
 from difa_fx.passes.graph_tools import output_values, placeholders
 from difa_fx.passes.partition import Partition, Segment
 from difa_fx.passes.rewrite import residual_axis
-from difa_fx.schedule import FULL, Schedule, SiteAction, SiteStep, StateShape
+from difa_fx.schedule import FULL, Schedule, SiteAction, SiteStep
 
 StateKey = tuple[str, str]
 """Path of a site, and ``output`` or ``residual``."""
@@ -89,6 +90,7 @@ class RunnerStats:
 
     Attributes:
         sites: paths of its sites.
+        shapes: size of each, for :mod:`difa_fx.cost`.
         unique_blocks: structurally different regions and trunks of the repeated part.
         segments: regions and trunks; a step runs a piece for each that it does not take from the state.
         pieces: pieces compiled.
@@ -100,6 +102,7 @@ class RunnerStats:
     """
 
     sites: tuple[str, ...]
+    shapes: Mapping[str, SiteShape]
     unique_blocks: int
     segments: int
     pieces: int
@@ -129,11 +132,9 @@ class Runner:
         self._compiler, self._strict = compiler, strict
         self._owner_position, self._clock_of = owner_position, clock_of
         self._sites = {site.path: site for site in attention.sites}
+        self._shapes = {site.path: site.shape for site in attention.sites}
         self._slots = _slots(graph, partition)
-        self._results = [
-            self._slots.get(v) if isinstance(v, fx.Node) else v for v in output_values(graph)
-        ]
-        self._result_nodes = [isinstance(v, fx.Node) for v in output_values(graph)]
+        self._results = [_Slot(self._slots[v]) if isinstance(v, fx.Node) else v for v in output_values(graph)]
         self._layout = _layout(partition, self._slots, self._results)
         self._sessions: dict[int, tuple[weakref.ref[Any] | None, Session]] = {}
         self._rounding = _rounding(graph, attention.inputs.timestep)
@@ -177,13 +178,14 @@ class Runner:
         """Counts and sizes, now."""
         return RunnerStats(
             sites=tuple(self._sites),
+            shapes=self._shapes,
             unique_blocks=len(self.partition.unique_blocks),
             segments=len(self.partition.segments),
             pieces=len(self._compiler.pieces),
             compile_seconds=self._compiler.seconds,
             state_bytes=sum(s.state_bytes for s in self.sessions),
             peak_state_bytes=max((s.peak_bytes for s in self.sessions), default=0),
-            predicted_state_bytes=self.schedule.state_bytes(state_shapes(self.attention)),
+            predicted_state_bytes=self.schedule.state_bytes(self._shapes),
             calls=self.calls,
         )
 
@@ -295,9 +297,7 @@ class Runner:
                 values = [slots[i] for i in call.inputs]
                 if call.residual is not None:
                     stored = state[call.residual]
-                    values.append(
-                        stored if call.fit_residual is None else call.fit_residual(stored)
-                    )
+                    values.append(stored if call.fit_residual is None else call.fit_residual(stored))
                 results = call.run(*values)
                 del values
             if call.keeps is not None:
@@ -317,8 +317,7 @@ class Runner:
         return self._collect(slots)
 
     def _collect(self, slots: Sequence[Any]) -> tuple[Any, ...]:
-        pairs = zip(self._results, self._result_nodes, strict=True)
-        return tuple(slots[value] if is_node else value for value, is_node in pairs)
+        return tuple(slots[result.slot] if isinstance(result, _Slot) else result for result in self._results)
 
     def _run_full(self, args: Sequence[Any], error: DifaError) -> tuple[Any, ...]:
         warnings.warn(f"difa_fx runs full attention: {error}", stacklevel=3)
@@ -327,6 +326,13 @@ class Runner:
             self._compiler.compile_all(self._variants(row))
             self._full = self._program(row)
         return self._run(self._full, args, Session(Clock(1)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A result of the graph that is a value, not a constant."""
+
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,11 +350,9 @@ def _slots(graph: fx.Graph, partition: Partition) -> dict[fx.Node, int]:
     return {node: slot for slot, node in enumerate(nodes)}
 
 
-def _layout(
-    partition: Partition, slots: Mapping[fx.Node, int], results: Sequence[Any]
-) -> tuple[_Place, ...]:
+def _layout(partition: Partition, slots: Mapping[fx.Node, int], results: Sequence[Any]) -> tuple[_Place, ...]:
     last = {node: i for i, segment in enumerate(partition.segments) for node in segment.inputs}
-    kept = set(results)
+    kept = {result.slot for result in results if isinstance(result, _Slot)}
     return tuple(
         _Place(
             tuple(slots[node] for node in segment.inputs),
@@ -367,15 +371,3 @@ def _rounding(graph: fx.Graph, timestep: int | None) -> float:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return 0.0
     return float(torch.finfo(value.dtype).eps)
-
-
-def state_shapes(attention: Attention) -> dict[str, StateShape]:
-    """Bytes of each site's state for the whole batch."""
-    shapes = {}
-    for site in attention.sites:
-        output, anchor = site.output.meta["val"], site.anchor.meta["val"]
-        shapes[site.path] = StateShape(
-            output_bytes=output.numel() * output.element_size(),
-            residual_bytes=anchor.numel() * anchor.element_size(),
-        )
-    return shapes

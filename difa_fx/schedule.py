@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from difa_fx.cost import SiteShape
 from difa_fx.plan import Method, Plan
 
 
@@ -54,14 +55,6 @@ class SiteStep:
 
 
 @dataclass(frozen=True, slots=True)
-class StateShape:
-    """Size of one site's state tensors for the whole batch, in bytes."""
-
-    output_bytes: int
-    residual_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Schedule:
     """Every site's steps: ``rows[step][site]``, sites in the order of ``sites``."""
 
@@ -77,16 +70,17 @@ class Schedule:
         """What each site does at ``step``."""
         return dict(zip(self.sites, self.rows[step], strict=True))
 
-    def state_bytes(self, shapes: Mapping[str, StateShape]) -> tuple[int, ...]:
+    def state_bytes(self, shapes: Mapping[str, SiteShape]) -> tuple[int, ...]:
         """Bytes of state held after each step, with each site's sizes from ``shapes``."""
         totals = []
         for row in self.rows:
             total = 0
             for site, entry in zip(self.sites, row, strict=True):
+                shape = shapes[site]
                 if entry.keeps_output:
-                    total += shapes[site].output_bytes // (2 if entry.output_half else 1)
+                    total += shape.output_numel * shape.itemsize // (2 if entry.output_half else 1)
                 if entry.keeps_residual:
-                    total += shapes[site].residual_bytes // (2 if entry.residual_half else 1)
+                    total += shape.residual_numel * shape.itemsize // (2 if entry.residual_half else 1)
             totals.append(total)
         return tuple(totals)
 
@@ -96,10 +90,8 @@ def make_schedule(plan: Plan, sites: Sequence[str]) -> Schedule:
     known = {site: index for index, site in enumerate(plan.sites)}
     columns = []
     for site in sites:
-        if site in known:
-            methods = tuple(row[known[site]] for row in plan.methods)
-        else:
-            methods = (Method.FULL,) * plan.steps
+        full = (Method.FULL,) * plan.steps
+        methods = tuple(row[known[site]] for row in plan.methods) if site in known else full
         columns.append(_column(methods))
     rows = tuple(zip(*columns, strict=True)) if columns else ((),) * plan.steps
     return Schedule(tuple(sites), rows)

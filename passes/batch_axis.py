@@ -29,7 +29,7 @@ from difa_fx.passes.graph_tools import arg, shape_of, tensor_inputs, tensor_of
 aten = torch.ops.aten
 
 
-class Lost(Exception):
+class LostBatchError(Exception):
     """The batch cannot be followed through a node; ``str()`` says why."""
 
     def __init__(self, node: fx.Node, reason: str) -> None:
@@ -61,7 +61,7 @@ def follow(node: fx.Node, axes: Axes) -> Step | None:
     """How ``node`` carries the batch, given the batch axes of its inputs; None when none has one.
 
     Raises:
-        Lost: no rule covers the operation, or the operation mixes samples of the batch.
+        LostBatchError: no rule covers the operation, or the operation mixes samples of the batch.
     """
     if not any(source in axes for source in node.all_input_nodes):
         return None
@@ -71,20 +71,20 @@ def follow(node: fx.Node, axes: Axes) -> Step | None:
         if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
             rule = _broadcast
         else:
-            raise Lost(node, "no rule says how this operation carries the batch")
+            raise LostBatchError(node, "no rule says how this operation carries the batch")
     return rule(node, axes)
 
 
-def batch_axes(graph: fx.Graph, seeds: Axes) -> tuple[dict[fx.Node, int], dict[fx.Node, Lost]]:
+def batch_axes(graph: fx.Graph, seeds: Axes) -> tuple[dict[fx.Node, int], dict[fx.Node, LostBatchError]]:
     """The batch axis of every node that can be followed from ``seeds``, and where the trail ends."""
     axes = dict(seeds)
-    lost: dict[fx.Node, Lost] = {}
+    lost: dict[fx.Node, LostBatchError] = {}
     for node in graph.nodes:
         if node.op != "call_function" or any(source in lost for source in node.all_input_nodes):
             continue
         try:
             step = follow(node, axes)
-        except Lost as error:
+        except LostBatchError as error:
             lost[node] = error
             continue
         if step is not None:
@@ -111,7 +111,7 @@ def _only_lead(node: fx.Node, axes: Axes) -> tuple[fx.Node, int]:
     followed = [s for s in tensor_inputs(node) if s in axes]
     first = node.args[0]
     if followed != [first] or not isinstance(first, fx.Node):
-        raise Lost(node, "an input other than the first has the batch")
+        raise LostBatchError(node, "an input other than the first has the batch")
     return first, axes[first]
 
 
@@ -119,9 +119,7 @@ def _positive(dim: int, ndim: int) -> int:
     return dim + ndim if dim < 0 else dim
 
 
-def _align(
-    node: fx.Node, sources: Sequence[fx.Node], axes: Axes, from_right: int, size: int
-) -> dict[fx.Node, int]:
+def _align(node: fx.Node, sources: Sequence[fx.Node], axes: Axes, from_right: int, size: int) -> dict[fx.Node, int]:
     """Which of ``sources``, broadcast together, must be halved at ``from_right`` (1 = last axis)."""
     aligned: dict[fx.Node, int] = {}
     for source in sources:
@@ -131,10 +129,10 @@ def _align(
         own = len(shape) - from_right
         if source in axes:
             if axes[source] != own:
-                raise Lost(node, f"{source.name} has the batch at another axis")
+                raise LostBatchError(node, f"{source.name} has the batch at another axis")
         elif own >= 0 and shape[own] != 1:
             if shape[own] != size:
-                raise Lost(node, f"{source.name} does not broadcast along the batch")
+                raise LostBatchError(node, f"{source.name} does not broadcast along the batch")
             aligned[source] = own
     return aligned
 
@@ -163,7 +161,7 @@ def _broadcast(node: fx.Node, axes: Axes) -> Step:
     from_right = len(shape_of(lead)) - axis
     out_axis = len(shape_of(node)) - from_right
     if size == 1 and shape_of(node)[out_axis] != 1:
-        raise Lost(node, "a batch of one is broadcast against a larger one")
+        raise LostBatchError(node, "a batch of one is broadcast against a larger one")
     return Step(out_axis, _align(node, tensor_inputs(node), axes, from_right, size))
 
 
@@ -190,11 +188,11 @@ def _same_order(node: fx.Node, axes: Axes) -> Step:
     for out_axis, size in enumerate(after):
         if size > 1 and math.prod(after[:out_axis]) == prefix:
             if size % 2 and before[axis] % 2 == 0:
-                raise Lost(node, f"axis {out_axis} of size {size} cannot be halved")
+                raise LostBatchError(node, f"axis {out_axis} of size {size} cannot be halved")
             half = [*after]
             half[out_axis] //= 2
             return Step(out_axis, sizes={"size": half})
-    raise Lost(node, f"the batch axis {axis} of {before} is merged with an outer axis in {after}")
+    raise LostBatchError(node, f"the batch axis {axis} of {before} is merged with an outer axis in {after}")
 
 
 @_rule(aten.expand.default)
@@ -213,7 +211,7 @@ def _repeat(node: fx.Node, axes: Axes) -> Step:
     repeats = list(arg(node, "repeats"))
     out_axis = axis + len(repeats) - len(shape_of(source))
     if repeats[out_axis] != 1:
-        raise Lost(node, "the batch itself is repeated")
+        raise LostBatchError(node, "the batch itself is repeated")
     return Step(out_axis)
 
 
@@ -222,7 +220,7 @@ def _repeat_interleave(node: fx.Node, axes: Axes) -> Step:
     source, axis = _only_lead(node, axes)
     dim = arg(node, "dim")
     if dim is None:
-        raise Lost(node, "the tensor is flattened")
+        raise LostBatchError(node, "the tensor is flattened")
     if _positive(dim, len(shape_of(source))) != axis:
         return Step(axis)
     return Step(axis, sizes={"output_size": shape_of(node)[axis] // 2})
@@ -240,11 +238,7 @@ def _transpose(node: fx.Node, axes: Axes) -> Step:
     source, axis = _only_lead(node, axes)
     ndim = len(shape_of(source))
     names = ("dim0", "dim1") if node.target is aten.transpose.int else ("axis0", "axis1")
-    pair = (
-        (0, 1)
-        if node.target is aten.t.default
-        else tuple(_positive(arg(node, n), ndim) for n in names)
-    )
+    pair = (0, 1) if node.target is aten.t.default else tuple(_positive(arg(node, n), ndim) for n in names)
     return Step({pair[0]: pair[1], pair[1]: pair[0]}.get(axis, axis))
 
 
@@ -274,16 +268,12 @@ def _movedim(node: fx.Node, axes: Axes) -> Step:
 )
 def _along_another_dim(node: fx.Node, axes: Axes) -> Step:
     source, axis = _only_lead(node, axes)
-    dims = (
-        arg(node, "dims")
-        if node.target in (aten.flip.default, aten.roll.default)
-        else [arg(node, "dim")]
-    )
+    dims = arg(node, "dims") if node.target in (aten.flip.default, aten.roll.default) else [arg(node, "dim")]
     touched = {_positive(d, len(shape_of(source))) for d in dims}
     if node.target is aten.slice.Tensor and shape_of(node) == shape_of(source):
         return Step(axis)
     if axis in touched:
-        raise Lost(node, "it works along the batch")
+        raise LostBatchError(node, "it works along the batch")
     return Step(axis)
 
 
@@ -292,7 +282,7 @@ def _drop_dim(node: fx.Node, axes: Axes) -> Step:
     source, axis = _only_lead(node, axes)
     dim = _positive(arg(node, "dim"), len(shape_of(source)))
     if dim == axis:
-        raise Lost(node, "it takes single samples out of the batch")
+        raise LostBatchError(node, "it takes single samples out of the batch")
     return Step(axis - (dim < axis))
 
 
@@ -303,7 +293,7 @@ def _cat(node: fx.Node, axes: Axes) -> Step:
     stacked = node.target is aten.stack.default
     dim = _positive(arg(node, "dim"), ndim + stacked)
     if not stacked and dim == axis:
-        raise Lost(node, "it concatenates along the batch")
+        raise LostBatchError(node, "it concatenates along the batch")
     aligned = _align(node, tensor_inputs(node), axes, ndim - axis, shape_of(lead)[axis])
     return Step(axis + (stacked and dim <= axis), aligned)
 
@@ -319,11 +309,11 @@ def _scatter(node: fx.Node, axes: Axes) -> Step:
     axis = axes[base] if base in axes else axes[source] + (selects and dim <= axes[source])
     whole = not selects and shape_of(base) == shape_of(source)
     if dim == axis and not whole:
-        raise Lost(node, "it writes to part of the batch")
+        raise LostBatchError(node, "it writes to part of the batch")
     expected = {base: axis, source: axis - (selects and dim < axis)}
     wrong = [n.name for n, a in expected.items() if axes.get(n, a) != a]
     if wrong:
-        raise Lost(node, f"{wrong[0]} has the batch at another axis")
+        raise LostBatchError(node, f"{wrong[0]} has the batch at another axis")
     return Step(axis, {n: a for n, a in expected.items() if n not in axes})
 
 
@@ -331,7 +321,7 @@ def _scatter(node: fx.Node, axes: Axes) -> Step:
 def _linear(node: fx.Node, axes: Axes) -> Step:
     source, axis = _only_lead(node, axes)
     if axis == len(shape_of(source)) - 1:
-        raise Lost(node, "it mixes along the batch")
+        raise LostBatchError(node, "it mixes along the batch")
     return Step(axis)
 
 
@@ -340,7 +330,7 @@ def _addmm(node: fx.Node, axes: Axes) -> Step:
     bias, left = node.args[0], node.args[1]
     assert isinstance(bias, fx.Node) and isinstance(left, fx.Node)
     if [s for s in tensor_inputs(node) if s in axes] != [left] or axes[left] != 0:
-        raise Lost(node, "it mixes along the batch")
+        raise LostBatchError(node, "it mixes along the batch")
     return Step(0, _align(node, [bias], axes, 2, shape_of(left)[0]))
 
 
@@ -355,14 +345,14 @@ def _matmul(node: fx.Node, axes: Axes) -> Step:
         return Step(out_axis, _align(node, [left, right], axes, from_right, shape_of(lead)[axis]))
     if lead is left and right not in axes and from_right == 2:
         return Step(out_axis)
-    raise Lost(node, "it mixes along the batch")
+    raise LostBatchError(node, "it mixes along the batch")
 
 
 @_rule(aten.baddbmm.default)
 def _baddbmm(node: fx.Node, axes: Axes) -> Step:
     lead, axis = _lead(node, axes)
     if axis != 0 or len(shape_of(lead)) != 3:
-        raise Lost(node, "it mixes along the batch")
+        raise LostBatchError(node, "it mixes along the batch")
     return Step(0, _align(node, tensor_inputs(node), axes, 3, shape_of(lead)[0]))
 
 
@@ -371,7 +361,7 @@ def _attention(node: fx.Node, axes: Axes) -> Step:
     lead, axis = _lead(node, axes)
     from_right = len(shape_of(lead)) - axis
     if from_right <= 2:
-        raise Lost(node, "it mixes along the batch")
+        raise LostBatchError(node, "it mixes along the batch")
     return Step(axis, _align(node, tensor_inputs(node), axes, from_right, shape_of(lead)[axis]))
 
 
@@ -379,7 +369,7 @@ def _attention(node: fx.Node, axes: Axes) -> Step:
 def _norm(node: fx.Node, axes: Axes) -> Step:
     source, axis = _only_lead(node, axes)
     if axis >= len(shape_of(source)) - len(arg(node, "normalized_shape")):
-        raise Lost(node, "it normalises along the batch")
+        raise LostBatchError(node, "it normalises along the batch")
     return Step(axis)
 
 
@@ -399,8 +389,8 @@ def _norm(node: fx.Node, axes: Axes) -> Step:
 )
 def _per_sample(node: fx.Node, axes: Axes) -> Step:
     _, axis = _only_lead(node, axes)
-    if axis != 0 or node.target is aten.group_norm.default and len(shape_of(node)) < 2:
-        raise Lost(node, "the batch is not at axis 0")
+    if axis != 0 or (node.target is aten.group_norm.default and len(shape_of(node)) < 2):
+        raise LostBatchError(node, "the batch is not at axis 0")
     return Step(0)
 
 
@@ -417,10 +407,10 @@ def _reduce(node: fx.Node, axes: Axes) -> Step:
     ndim = len(shape_of(source))
     dims = arg(node, "dim")
     if not dims:
-        raise Lost(node, "it reduces over the batch")
+        raise LostBatchError(node, "it reduces over the batch")
     reduced = {_positive(d, ndim) for d in ([dims] if isinstance(dims, int) else dims)}
     if axis in reduced:
-        raise Lost(node, "it reduces over the batch")
+        raise LostBatchError(node, "it reduces over the batch")
     return Step(axis if arg(node, "keepdim") else axis - sum(d < axis for d in reduced))
 
 
@@ -429,7 +419,7 @@ def _pad(node: fx.Node, axes: Axes) -> Step:
     source, axis = _only_lead(node, axes)
     padded = len(arg(node, "pad")) // 2
     if axis >= len(shape_of(source)) - padded and shape_of(node)[axis] != shape_of(source)[axis]:
-        raise Lost(node, "it pads the batch")
+        raise LostBatchError(node, "it pads the batch")
     return Step(axis)
 
 
@@ -438,7 +428,7 @@ def _embedding(node: fx.Node, axes: Axes) -> Step:
     table, index = node.args[0], node.args[1]
     assert isinstance(table, fx.Node) and isinstance(index, fx.Node)
     if table in axes:
-        raise Lost(node, "its table has the batch")
+        raise LostBatchError(node, "its table has the batch")
     return Step(axes[index])
 
 

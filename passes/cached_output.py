@@ -19,9 +19,7 @@ from difa_fx import attention
 from difa_fx.passes.find_attention import AttentionSite
 
 
-def cached_output(
-    graph: fx.Graph, site: AttentionSite, state: fx.Node, *, shared_axis: int | None
-) -> fx.Node:
+def cached_output(graph: fx.Graph, site: AttentionSite, state: fx.Node, *, shared_axis: int | None) -> fx.Node:
     """Replace the output of ``site`` by ``state``; returns the node that stands for it.
 
     Args:

@@ -42,9 +42,7 @@ class CanonicalGraph:
 
     def __post_init__(self) -> None:
         count = len(placeholders(self.gm.graph))
-        assert count == len(self.sources) == len(self.static), (
-            "one source and one flag a placeholder"
-        )
+        assert count == len(self.sources) == len(self.static), "one source and one flag a placeholder"
 
     @property
     def parameters(self) -> frozenset[fx.Node]:
@@ -53,9 +51,7 @@ class CanonicalGraph:
         return frozenset(n for n, is_static in zip(nodes, self.static, strict=True) if is_static)
 
 
-def canonicalize(
-    gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence[str]
-) -> CanonicalGraph:
+def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence[str]) -> CanonicalGraph:
     """Dynamo's graph as a :class:`CanonicalGraph`, specialised to the shapes of ``inputs``.
 
     Args:

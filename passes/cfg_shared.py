@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -40,9 +41,7 @@ _RESHAPES = {
 }
 
 
-def cfg_shared(
-    graph: fx.Graph, site: AttentionSite, *, second: bool
-) -> tuple[AttentionSite, fx.Node]:
+def cfg_shared(graph: fx.Graph, site: AttentionSite, *, second: bool) -> tuple[AttentionSite, fx.Node]:
     """Rewrite the region of ``site`` to the conditional half of the batch.
 
     Args:
@@ -57,9 +56,7 @@ def cfg_shared(
         for node in site.region:
             halver.copy(node)
         output = halver.copies[site.output]
-        shared = graph.call_function(
-            attention.cfg_shared, (output,), {"axis": site.axes[site.output]}
-        )
+        shared = graph.call_function(attention.cfg_shared, (output,), {"axis": site.axes[site.output]})
     site.output.replace_all_uses_with(shared)
     shared.args = (output,)
     half = replace(
@@ -98,7 +95,7 @@ class _Halver:
         if axis is None:
             return source
         if source not in self.halves:
-            settings = {"axis": axis, "second": self.second}
+            settings: dict[str, Any] = {"axis": axis, "second": self.second}
             self.halves[source] = self.graph.call_function(attention.cfg_half, (source,), settings)
             evaluate(self.halves[source])
         return self.halves[source]

@@ -15,14 +15,16 @@ Letters: B batch, H heads, N tokens, M key tokens, D width or head width.
 
 from __future__ import annotations
 
-import os.path
+import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
-from difa_fx.passes.batch_axis import Lost, batch_axes, follow
+from difa_fx.cost import SiteShape
+from difa_fx.passes.batch_axis import LostBatchError, batch_axes, follow
 from difa_fx.passes.canonicalize import CanonicalGraph
 from difa_fx.passes.graph_tools import (
     ancestors,
@@ -50,6 +52,8 @@ _PROJECTIONS = {
     aten.conv2d.default: (0, 1),
 }
 """Operation to the positions of its data and its weight."""
+
+_WEIGHT_OUT_FIRST = {aten.linear.default, aten.conv1d.default, aten.conv2d.default}
 
 _CARRIERS = {
     aten.view.default,
@@ -108,6 +112,23 @@ class AttentionSite:
         return shape_of(self.anchor.args[1])[-2]  # type: ignore[arg-type]
 
     @property
+    def shape(self) -> SiteShape:
+        """Its sizes for the whole batch, as the cost model takes them."""
+        *batch, heads, tokens, width = self.q_shape
+        output = tensor_of(self.output)
+        assert output is not None
+        return SiteShape(
+            batch=math.prod(batch),
+            heads=heads,
+            tokens=tokens,
+            kv_tokens=self.kv_tokens,
+            head_dim=width,
+            projection_flops=self.projection_flops,
+            output_numel=output.numel(),
+            itemsize=output.element_size(),
+        )
+
+    @property
     def methods(self) -> tuple[Method, ...]:
         """What this site can do at a step."""
         return tuple(method for method in Method if method not in self.refused)
@@ -153,7 +174,7 @@ class _Search:
     stream: set[fx.Node]
     from_parameters: set[fx.Node]
     axes: dict[fx.Node, int]
-    lost: dict[fx.Node, Lost]
+    lost: dict[fx.Node, LostBatchError]
     batch: int | None
     order: dict[fx.Node, int] = field(default_factory=dict)
 
@@ -182,13 +203,11 @@ def find_attention(canonical: CanonicalGraph) -> Attention:
 def _prepare(canonical: CanonicalGraph, inputs: DenoiserInputs) -> _Search:
     graph = canonical.gm.graph
     nodes = placeholders(graph)
-    if inputs.latents is None:
-        roots = [n for n in nodes if n not in canonical.parameters]
-    else:
-        roots = [nodes[inputs.latents]]
+    dynamic = [n for n in nodes if n not in canonical.parameters]
+    roots = dynamic if inputs.latents is None else [nodes[inputs.latents]]
     batched = inputs.latents is not None and inputs.batch is not None and inputs.batch > 1
     axes, lost = batch_axes(graph, {roots[0]: 0}) if batched else ({}, {})
-    changing = descendants(n for n in nodes if n not in canonical.parameters)
+    changing = descendants(dynamic)
     order = {node: i for i, node in enumerate(graph.nodes)}
     return _Search(
         stream=descendants(roots),
@@ -214,9 +233,7 @@ def _site_at(anchor: fx.Node, search: _Search) -> AttentionSite | RejectedSite:
             return reject("no linear projection of the latents leads to its queries")
     q, k, v = ({_data(p) for p in found} for found in projections)
     if not k or not v or not (q & k):
-        return reject(
-            "cross-attention: its keys and values come from another source than its queries"
-        )
+        return reject("cross-attention: its keys and values come from another source than its queries")
     if len(q | k | v) > 1:
         return reject("joint attention: tokens of several sources are concatenated")
     (source,) = q
@@ -266,7 +283,8 @@ def _common_path(nodes: Iterable[fx.Node]) -> str:
     """The innermost module that all ``nodes`` live in."""
     parts = [module_path(node).split(".") for node in nodes]
     calls = {part[-1].partition("@")[2] for part in parts} - {""}
-    common = os.path.commonprefix([[p.partition("@")[0] for p in part] for part in parts])
+    levels = zip(*([level.partition("@")[0] for level in part] for part in parts), strict=False)
+    common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)]
     path = ".".join(common) or "attention"
     return f"{path}@{max(calls)}" if calls else path
 
@@ -286,9 +304,7 @@ def _descend(anchor: fx.Node, search: _Search) -> fx.Node | None:
     return node if projected else None
 
 
-def _prelude(
-    source: fx.Node, core: set[fx.Node], path: str, search: _Search
-) -> tuple[fx.Node, set[fx.Node]]:
+def _prelude(source: fx.Node, core: set[fx.Node], path: str, search: _Search) -> tuple[fx.Node, set[fx.Node]]:
     """Norm and modulation in front of the projections, as far as nothing else reads them.
 
     They belong to the region: a ``+cfg`` step need not compute them for the half that it drops.
@@ -328,7 +344,7 @@ def _refusals(
     axes: dict[fx.Node, int] = {}
     try:
         axes = _follow_region(source, output, region, search)
-    except Lost as error:
+    except LostBatchError as error:
         refused[Method.FULL_CFG] = refused[Method.WINDOW_CFG] = str(error)
     return axes, refused
 
@@ -339,13 +355,13 @@ def _follow_region(
     """Batch axes of the region, its source and its side inputs.
 
     Raises:
-        Lost: the batch is odd, or an operation of the region does not carry it.
+        LostBatchError: the batch is odd, or an operation of the region does not carry it.
     """
     if search.batch is None or search.batch % 2:
-        raise Lost(source, f"a batch of {search.batch} has no two halves")
+        raise LostBatchError(source, f"a batch of {search.batch} has no two halves")
     if source not in search.axes:
         cause = search.lost.get(source)
-        raise cause or Lost(source, "the batch axis is not known here")
+        raise cause or LostBatchError(source, "the batch axis is not known here")
     axes = {source: search.axes[source]}
     inner = set(region)
     for node in region:
@@ -357,7 +373,7 @@ def _follow_region(
             continue
         axes[node] = step.axis
     if output not in axes:
-        raise Lost(output, "its result does not carry the batch")
+        raise LostBatchError(output, "its result does not carry the batch")
     return axes
 
 
@@ -379,11 +395,5 @@ def _window_refusal(anchor: fx.Node) -> str | None:
 def _linear_flops(node: fx.Node) -> int:
     data, weight = (node.args[i] for i in _PROJECTIONS[node.target])  # type: ignore[index]
     assert isinstance(data, fx.Node) and isinstance(weight, fx.Node)
-    rows = 1
-    for size in shape_of(node):
-        rows *= size
-    inner = shape_of(weight)[1:] if node.target is not aten.mm.default else shape_of(data)[-1:]
-    width = 1
-    for size in inner:
-        width *= size
-    return 2 * rows * width
+    inner = shape_of(weight)[1:] if node.target in _WEIGHT_OUT_FIRST else shape_of(data)[-1:]
+    return 2 * math.prod(shape_of(node)) * math.prod(inner)

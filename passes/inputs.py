@@ -59,22 +59,14 @@ def source_name(source: str) -> str:
     return str(words[-1]).strip("_") if words else source
 
 
-def _latents(
-    canonical: CanonicalGraph, nodes: list[fx.Node], names: list[str], dynamic: list[int]
-) -> int | None:
-    outputs = [
-        v
-        for v in output_values(canonical.gm.graph)
-        if isinstance(v, fx.Node) and tensor_of(v) is not None
-    ]
+def _latents(canonical: CanonicalGraph, nodes: list[fx.Node], names: list[str], dynamic: list[int]) -> int | None:
+    outputs = [v for v in output_values(canonical.gm.graph) if isinstance(v, fx.Node) and tensor_of(v) is not None]
     shapes = [tuple(v.meta["val"].shape) for v in outputs]
 
     def rank(position: int) -> tuple[int, int, int]:
         shape = tuple(nodes[position].meta["val"].shape)
         alike = any(
-            len(shape) == len(s)
-            and shape[0] == s[0]
-            and sum(a != b for a, b in zip(shape, s, strict=True)) <= 1
+            len(shape) == len(s) and shape[0] == s[0] and sum(a != b for a, b in zip(shape, s, strict=True)) <= 1
             for s in shapes
         )
         named = names[position] in _LATENT_NAMES
@@ -88,18 +80,11 @@ def _latents(
     return min(candidates, key=rank, default=None)
 
 
-def _timestep(
-    nodes: list[fx.Node], names: list[str], dynamic: list[int], batch: int | None
-) -> int | None:
+def _timestep(nodes: list[fx.Node], names: list[str], dynamic: list[int], batch: int | None) -> int | None:
     fitting = []
     for position in dynamic:
         value = tensor_of(nodes[position])
-        if (
-            value is not None
-            and not value.is_complex()
-            and value.ndim <= 1
-            and value.numel() in (1, batch)
-        ):
+        if value is not None and not value.is_complex() and value.ndim <= 1 and value.numel() in (1, batch):
             fitting.append(position)
     for name in _TIMESTEP_NAMES:
         named = [position for position in fitting if names[position] == name]

@@ -55,9 +55,7 @@ class Segment:
     signature: str
 
     def __post_init__(self) -> None:
-        assert self.site is None or self.outputs == (self.site.output,), (
-            "a region yields its output alone"
-        )
+        assert self.site is None or self.outputs == (self.site.output,), "a region yields its output alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +69,7 @@ class Partition:
         for segment in self.segments:
             assert not done.intersection(segment.nodes), "a node lies in one segment"
             for node in segment.inputs:
-                assert node in done or node.op == "placeholder", (
-                    f"{node} is read before it is computed"
-                )
+                assert node in done or node.op == "placeholder", f"{node} is read before it is computed"
             done.update(segment.nodes)
 
     @property
@@ -183,9 +179,7 @@ def _value_numbers(graph: fx.Graph, place: Mapping[fx.Node, int]) -> dict[fx.Nod
     table: dict[Any, int] = {}
     for node in calls(graph):
         target = node.target
-        random = isinstance(target, torch._ops.OpOverload) and (
-            torch.Tag.nondeterministic_seeded in target.tags
-        )
+        random = isinstance(target, torch._ops.OpOverload) and (torch.Tag.nondeterministic_seeded in target.tags)
         known = all(n.op == "placeholder" or n in numbers for n in node.all_input_nodes)
         if random or not known or place[node] % 2:
             continue

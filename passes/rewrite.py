@@ -69,10 +69,7 @@ def rewrite(segment: Segment, action: SiteAction | None, settings: RewriteSettin
     """
     gm, moved = extract(segment)
     graph = gm.graph
-    expected = [
-        node.meta["val"] if node in segment.returned else crossing_value(node)
-        for node in segment.outputs
-    ]
+    expected = [node.meta["val"] if node in segment.returned else crossing_value(node) for node in segment.outputs]
     if segment.site is not None and action is not None:
         check_possible(segment.site, action.method)
         outputs = _act(graph, segment.site.moved(moved), action, settings)
@@ -121,7 +118,7 @@ def rewrite_step(
     copy.output(copy.graph_copy(gm.graph, moved))
     rewritten = fx.GraphModule(gm, copy)
     graph = rewritten.graph
-    moved = {old: new for old, new in zip(gm.graph.nodes, graph.nodes, strict=True)}
+    moved = dict(zip(gm.graph.nodes, graph.nodes, strict=True))
     written: list[fx.Node] = []
     for original in sites:
         site, entry = original.moved(moved), row[original.path]

@@ -49,9 +49,7 @@ class Case:
     tokens: int
     batch: int = 4
 
-    def inputs(
-        self, timestep: float, batch: int, generator: torch.Generator, same_halves: bool = False
-    ) -> Call:
+    def inputs(self, timestep: float, batch: int, generator: torch.Generator, same_halves: bool = False) -> Call:
         """Random arguments of a call.
 
         With CFG the halves have equal latents and unequal conditions; ``same_halves`` makes
@@ -59,9 +57,7 @@ class Case:
         """
         return self.draw(Draw(timestep, batch, generator, self.cfg_order, same_halves))
 
-    def generation(
-        self, steps: int, batch: int | None = None, seed: int = 0, same_halves: bool = False
-    ) -> list[Call]:
+    def generation(self, steps: int, batch: int | None = None, seed: int = 0, same_halves: bool = False) -> list[Call]:
         """Arguments of a generation's calls: timesteps fall, everything else is drawn afresh."""
         generator = torch.Generator().manual_seed(seed)
         times = [1000 * (steps - step) // steps - 1 for step in range(steps)]
@@ -101,9 +97,7 @@ class Draw:
 
     def labels(self) -> Tensor:
         """Class labels [B]; the unconditional half has the class after the last."""
-        return self.condition(
-            lambda rows, gen: torch.randint(CLASSES, (rows,), generator=gen), torch.tensor(CLASSES)
-        )
+        return self.condition(lambda rows, gen: torch.randint(CLASSES, (rows,), generator=gen), torch.tensor(CLASSES))
 
     def key_mask(self, tokens: int) -> Tensor:
         """Bool [B, N], True for real tokens: at least three quarters, more in some samples."""
@@ -122,9 +116,7 @@ class Draw:
         if kind == "bool":
             return real
         rows = tokens if kind == "bias" else 1
-        bias = self.condition(
-            lambda n, gen: torch.randn(n, 1, rows, tokens, generator=gen), torch.tensor(0.0)
-        )
+        bias = self.condition(lambda n, gen: torch.randn(n, 1, rows, tokens, generator=gen), torch.tensor(0.0))
         return bias.masked_fill(~real, -20.0)
 
 
@@ -318,9 +310,7 @@ CASES: Final[Mapping[str, Callable[[], Case]]] = {
     "toy_fused_odd": functools.partial(toy, fused=True, batch=3, cfg_order=None),
     "toy_rotary": functools.partial(toy, rotary="rotate", qk_norm=True),
     "toy_rotary_inplace": functools.partial(toy, rotary="inplace", cfg_order="uncond_first"),
-    "toy_rotary_tokens_as_batch": functools.partial(
-        toy, rotary="rotate", qk_norm=True, tokens=16, batch=16
-    ),
+    "toy_rotary_tokens_as_batch": functools.partial(toy, rotary="rotate", qk_norm=True, tokens=16, batch=16),
     "toy_table_as_batch": functools.partial(toy, table=2, batch=2),
     "toy_frames": functools.partial(toy, frames=3, batch=2, fused=True),
 }

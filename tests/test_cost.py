@@ -61,9 +61,7 @@ def test_the_papers_table_of_single_methods(tokens, asc, wars, wars_asc):
     assert abs(share(Method.WINDOW, window // 2) - wars) > 3
 
 
-@pytest.mark.parametrize(
-    ("name", "without", "with_projections"), [("t0.05", 0.719, 0.883), ("t0.15", 0.394, 0.621)]
-)
+@pytest.mark.parametrize(("name", "without", "with_projections"), [("t0.05", 0.719, 0.883), ("t0.15", 0.394, 0.621)])
 def test_the_real_plans(name, without, with_projections):
     plan = Plan.load(PLANS / f"dit-xl-2-512_20steps_{name}.json")
     shapes = dict.fromkeys(plan.sites, dit_xl(1024))
@@ -80,9 +78,7 @@ def test_torch_counts_the_same():
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
-    shape = SiteShape(
-        batch=2, heads=4, tokens=64, head_dim=8, projection_flops=projection_flops(2, 64, 32)
-    )
+    shape = SiteShape(batch=2, heads=4, tokens=64, head_dim=8, projection_flops=projection_flops(2, 64, 32))
     project = torch.nn.Linear(32, 32, bias=False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         x_BND = torch.zeros(2, 64, 32)
@@ -109,9 +105,7 @@ def test_each_method():
 @given(window=st.integers(9, 100))
 def test_a_window_over_all_tokens_costs_full_attention(window):
     shape = SiteShape(batch=1, heads=1, tokens=10, head_dim=4)
-    assert attention_flops(shape, Method.WINDOW, window) == (
-        attention_flops(shape, Method.FULL, window)
-    )
+    assert attention_flops(shape, Method.WINDOW, window) == (attention_flops(shape, Method.FULL, window))
 
 
 def test_shape_defaults():

@@ -117,9 +117,7 @@ def test_a_fresh_model_starts_as_the_identity_residual() -> None:
     settings, _ = train_digits.parse(["--tiny"])
     model = train_digits.new_model(settings)
     with torch.no_grad():
-        out = model(
-            torch.randn(2, 1, SIZE, SIZE), torch.tensor([3, 900]), torch.tensor([1, 2])
-        ).sample
+        out = model(torch.randn(2, 1, SIZE, SIZE), torch.tensor([3, 900]), torch.tensor([1, 2])).sample
     assert out.abs().max() == 0
 
 

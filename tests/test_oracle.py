@@ -89,9 +89,7 @@ def test_full_then_compressed_on_the_same_input_is_full(name: str, method: str) 
 
 
 @EVERY_CFG_CASE
-@pytest.mark.parametrize(
-    "rows", [("full", "full+cfg"), ("full", "window+cfg"), ("full", "full+cfg", "window")]
-)
+@pytest.mark.parametrize("rows", [("full", "full+cfg"), ("full", "window+cfg"), ("full", "full+cfg", "window")])
 def test_equal_halves_lose_nothing_by_sharing(name: str, rows: tuple[str, ...]) -> None:
     model = case(name)
     calls = model.generation(1, same_halves=True) * len(rows)

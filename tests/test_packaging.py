@@ -32,14 +32,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FREE = {"__init__", "__main__"}  # they only hand on what other modules hold
 
 MODULES = {
-    f"difa_fx.{path.stem}": path
-    for path in sorted((ROOT / "difa_fx").glob("*.py"))
-    if path.stem not in FREE
-} | {
-    f"difa_fx.passes.{path.stem}": path
-    for path in sorted((ROOT / "passes").glob("*.py"))
-    if path.stem not in FREE
-}
+    f"difa_fx.{path.stem}": path for path in sorted((ROOT / "difa_fx").glob("*.py")) if path.stem not in FREE
+} | {f"difa_fx.passes.{path.stem}": path for path in sorted((ROOT / "passes").glob("*.py")) if path.stem not in FREE}
 
 
 def layer(module: str) -> str:
@@ -162,9 +156,7 @@ def test_torch_finds_the_backend_without_an_import(tmp_path):
 def test_command_line(tmp_path):
     script = Path(sys.executable).with_name("difa")
     for command in ([sys.executable, "-m", "difa_fx"], [str(script)]):
-        done = subprocess.run(
-            [*command, "--help"], capture_output=True, text=True, cwd=tmp_path, timeout=120
-        )
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "inspect" in done.stdout
 

@@ -133,9 +133,7 @@ def test_looking_into_a_plan():
         Method.WINDOW_CFG: 0,
     }
     assert not plan.uses_cfg
-    assert str(plan) == (
-        "any denoiser: 3 steps x 2 sites, window +-8: full 50%, window 17%, cached 33%"
-    )
+    assert str(plan) == ("any denoiser: 3 steps x 2 sites, window +-8: full 50%, window 17%, cached 33%")
     assert repr(plan) == f"<Plan {plan}>"
 
 
@@ -170,13 +168,9 @@ def test_check_sites():
 
 def test_uniform():
     plan = Plan.uniform(SITES, steps=7, every=3)
-    assert [str(m) for m in plan.column(SITES[0])] == (
-        ["full", "cached", "cached", "full", "cached", "cached", "full"]
-    )
+    assert [str(m) for m in plan.column(SITES[0])] == (["full", "cached", "cached", "full", "cached", "cached", "full"])
     late = Plan.uniform(SITES, steps=7, every=3, warmup=3, method="window", window=4)
-    assert [str(m) for m in late.column(SITES[1])] == (
-        ["full", "full", "full", "window", "window", "full", "window"]
-    )
+    assert [str(m) for m in late.column(SITES[1])] == (["full", "full", "full", "window", "window", "full", "window"])
     assert late.window == 4
 
 
@@ -193,17 +187,13 @@ def test_full():
     method=st.sampled_from(list(Method)),
 )
 def test_uniform_is_always_valid(steps, every, warmup, method):
-    plan = Plan.uniform(
-        SITES, steps=steps, every=every, method=method, warmup=warmup, cfg="cond_first"
-    )
+    plan = Plan.uniform(SITES, steps=steps, every=every, method=method, warmup=warmup, cfg="cond_first")
     column = plan.column(SITES[0])
     assert set(column[:warmup]) == {Method.FULL}
     assert set(column) <= {Method.FULL, method}
 
 
-@pytest.mark.parametrize(
-    "changes", [{"every": 0}, {"warmup": 0}, {"steps": 0}, {"method": "ful"}, {"every": True}]
-)
+@pytest.mark.parametrize("changes", [{"every": 0}, {"warmup": 0}, {"steps": 0}, {"method": "ful"}, {"every": True}])
 def test_uniform_refuses(changes):
     with pytest.raises(PlanError) as caught:
         Plan.uniform(SITES, **({"steps": 4, "every": 2} | changes))
@@ -266,9 +256,7 @@ def test_wrong_fields(changes, where, words):
     check_message(caught.value, f"where: {where}\n", *words)
 
 
-@pytest.mark.parametrize(
-    "field", ["format", "version", "steps", "cfg", "window", "sites", "methods"]
-)
+@pytest.mark.parametrize("field", ["format", "version", "steps", "cfg", "window", "sites", "methods"])
 def test_missing_fields(field):
     fields = small()
     del fields[field]

@@ -69,8 +69,7 @@ class ToyAttention(nn.Module):
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             return q, k, v
         q, k, v = (
-            to(x_BND).view(batch, -1, self.heads, depth).transpose(1, 2)
-            for to in (self.to_q, self.to_k, self.to_v)
+            to(x_BND).view(batch, -1, self.heads, depth).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
         )
         return q, k, v
 
@@ -101,9 +100,7 @@ class ToyBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.modulation = nn.Linear(width, 3 * width)
         self.attn = ToyAttention(width, heads, tokens, **options)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x_BND: Tensor, embedding_BD: Tensor, mask: Tensor | None) -> Tensor:
         shift, scale, gate = self.modulation(F.silu(embedding_BD))[:, None].chunk(3, dim=-1)
@@ -152,9 +149,7 @@ class Toy(nn.Module):
             self.blocks = nn.ModuleList(make() for _ in range(blocks))
         self.out = nn.Linear(width, channels)
 
-    def forward(
-        self, x: Tensor, timestep: Tensor, condition: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:
         x_BNC = x.flatten(2).transpose(1, 2) if self.image else x
         angles_B8 = timestep.reshape(-1, 1) / 1000 * 2.0 ** torch.arange(8, device=x.device)
         time_BD = self.time(torch.cat([angles_B8.sin(), angles_B8.cos()], dim=-1))

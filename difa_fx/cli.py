@@ -1,0 +1,150 @@
+"""The command ``difa``: look at a denoiser, look at a plan, bring a plan from xDiT."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from difa_fx.errors import DifaError, OptionError
+from difa_fx.plan import Method, Plan
+
+if TYPE_CHECKING:
+    from difa_fx.inspect import GraphReport
+
+_LETTERS = {
+    Method.FULL: "F",
+    Method.WINDOW: "W",
+    Method.CACHED: ".",
+    Method.FULL_CFG: "f",
+    Method.WINDOW_CFG: "w",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0, or 1 after an error that was printed."""
+    arguments = _parser().parse_args(argv)
+    try:
+        text = arguments.run(arguments)
+    except DifaError as error:
+        print(f"difa: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="difa", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="every attention of a denoiser, and what it can become")
+    inspect.add_argument(
+        "target",
+        help="a folder or hub name of a diffusers denoiser, or module:function that returns (model, args, kwargs)",
+    )
+    inspect.add_argument("--subfolder", help="where in a pipeline's folder the denoiser lies")
+    inspect.add_argument("--random-weights", action="store_true", help="read the config alone")
+    inspect.add_argument("--batch", type=int, default=2, help="both CFG halves together (default 2)")
+    inspect.set_defaults(run=_inspect)
+
+    show = commands.add_parser("show", help="a plan as a grid of steps and sites")
+    show.add_argument("plan", help="a plan's JSON file")
+    show.set_defaults(run=_show)
+
+    xdit = commands.add_parser("import-xdit", help="make a plan from xDiT's JSON")
+    xdit.add_argument("source", help="xDiT's file")
+    xdit.add_argument("-o", "--output", required=True, help="where the plan goes")
+    xdit.add_argument("--window", type=int, required=True, help="tokens to either side")
+    xdit.add_argument("--cfg", choices=("cond_first", "uncond_first"), help="order of the CFG halves")
+    xdit.add_argument("--site", default="transformer_blocks.{block}.attn1", help="path of a block's site")
+    xdit.set_defaults(run=_import_xdit)
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> str:
+    from difa_fx.inspect import inspect
+
+    model, args, kwargs = _load(arguments)
+    graphs = inspect(model, *args, **kwargs)
+    return "\n\n".join(format_report(graph) for graph in graphs)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Sequence[Any], dict[str, Any]]:
+    module, separator, name = arguments.target.partition(":")
+    if separator and module.replace(".", "").replace("_", "").isalnum():
+        return _call(module, name)
+    from difa_fx.pipelines import example_inputs, load_denoiser
+
+    model = load_denoiser(arguments.target, subfolder=arguments.subfolder, random_weights=arguments.random_weights)
+    return model, (), example_inputs(model, batch=arguments.batch)
+
+
+def _call(module: str, name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
+    sys.path.insert(0, "")
+    try:
+        function: Callable[[], Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(
+            "the target cannot be loaded",
+            where=f"{module}:{name}",
+            got=str(error),
+            allowed="module:function, importable from here",
+            todo="name a function that returns (model, args, kwargs)",
+        ) from error
+    result = function()
+    if not (isinstance(result, tuple) and len(result) == 3):
+        raise OptionError(
+            "the target returned something else than a denoiser and its inputs",
+            where=f"{module}:{name}",
+            got=type(result).__name__,
+            allowed="a tuple (model, args, kwargs)",
+            todo="return the model, a sequence of positional and a dict of keyword inputs",
+        )
+    return result
+
+
+def format_report(graph: GraphReport) -> str:
+    """A graph's report as text: a table of sites, then what is left alone and why."""
+    rows = [("site", "kind", "B", "H", "N", "D", "FLOPs", "can become")]
+    for site in graph.sites:
+        sizes = (str(site.batch), str(site.heads), str(site.tokens), str(site.head_dim))
+        share = f"{site.flops_share:.1%}"
+        rows.append((site.path, site.kind, *sizes, share, ", ".join(site.methods)))
+    lines = _table(rows) if graph.sites else ["no attention that a plan could change"]
+    reasons = dict.fromkeys((why, site.path) for site in graph.sites for _, why in site.refused)
+    lines += [f"  {path} cannot do more: {why}" for why, path in reasons]
+    if graph.rejected:
+        lines += ["", "left alone:"]
+        lines += [f"  {path}: {reason}" for path, reason in graph.rejected]
+    summary = (
+        f"{len(graph.sites)} sites; {graph.segments} segments, {graph.unique_blocks} unique in the repeated part; "
+        f"{graph.flops / 1e9:.2f} GFLOP a call; latents: {graph.latents}; timestep: {graph.timestep}"
+    )
+    return "\n".join([*lines, "", summary])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _show(arguments: argparse.Namespace) -> str:
+    return format_plan(Plan.load(arguments.plan))
+
+
+def format_plan(plan: Plan) -> str:
+    """A plan as text: a column a site, a row a step."""
+    legend = ", ".join(f"{letter} {method.value}" for method, letter in _LETTERS.items())
+    width = len(str(plan.steps - 1))
+    rows = [
+        f"step {step:>{width}}  {''.join(_LETTERS[method] for method in row)}" for step, row in enumerate(plan.methods)
+    ]
+    return "\n".join([str(plan), legend, "", *rows])
+
+
+def _import_xdit(arguments: argparse.Namespace) -> str:
+    plan = Plan.from_xdit(arguments.source, window=arguments.window, site=arguments.site, cfg=arguments.cfg)
+    plan.save(arguments.output)
+    return f"{arguments.output}: {plan}"
