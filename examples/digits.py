@@ -150,7 +150,8 @@ def generate(
     the denoiser, the device or ``batch_size`` (all at once if it is None).
     """
     wanted = [int(label) for label in labels]
-    generators = [torch.Generator().manual_seed((seed << 32) + i) for i in range(len(wanted))]
+    # The CPU generator looks at the lower 32 bits of a seed alone.
+    generators = [torch.Generator().manual_seed(seed * 100_003 + i) for i in range(len(wanted))]
     images = [
         pipe(
             wanted[part],
