@@ -1,4 +1,4 @@
-"""State never outlives its generation: the clock by itself, and whole denoisers that are interrupted, probed, shared."""
+"""State never outlives its generation: the clock by itself, and denoisers interrupted, probed, shared."""
 
 from __future__ import annotations
 
