@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from difa_fx._torch import flex_band
+from difa_fx.errors import OptionError
 
 WindowKernel = Literal["flex", "flash", "sdpa"]
 WINDOW_KERNELS: Final = ("auto", "flex", "flash", "sdpa")
@@ -76,16 +77,28 @@ def band_tensors(kernel: WindowKernel, *, tokens: int, window: int, masked: bool
     return (torch.where((row - column).abs() <= window, inside, outside),)
 
 
-def choose_kernel(requested: str, *, device: str, tokens: int, window: int, masked: bool) -> WindowKernel:
+def choose_kernel(requested: str, *, like: Tensor, tokens: int, window: int, masked: bool) -> WindowKernel:
     """The kernel for a site, given the ``window_kernel`` option.
 
     On CPU the banded form is the default: it was measured faster than flex's C++ template at 1 024 and 4 096
     tokens, and it compiles faster.  A model's own mask is honoured by the banded form alone.
+
+    Raises:
+        OptionError: FlashAttention was asked for where there is none.
     """
+    half = like.dtype in (torch.float16, torch.bfloat16)
+    if requested == "flash" and not (half and like.device.type == "cuda"):
+        raise OptionError(
+            "FlashAttention cannot run here",
+            where="options['window_kernel']",
+            got=f"'flash' for {like.dtype} on {like.device.type}",
+            allowed="float16 or bfloat16 on cuda",
+            todo="leave window_kernel at 'auto'",
+        )
     if masked or window >= tokens - 1:
         return "sdpa"
     if requested == "auto":
-        return "flex" if device == "cuda" else "sdpa"
+        return "flex" if like.device.type == "cuda" else "sdpa"
     return cast(WindowKernel, requested)
 
 

@@ -301,9 +301,9 @@ class Runner:
                 results = call.run(*values)
                 del values
             if call.keeps is not None:
-                state[call.keeps] = results[0]
+                state[call.keeps] = self._kept(results[0])
             if call.writes is not None:
-                state[call.writes] = results[-1]
+                state[call.writes] = self._kept(results[-1])
             if call.widen is not None:
                 results = (cfg_shared(results[0], axis=call.widen),)
             for slot, value in zip(call.outputs, results, strict=False):
@@ -315,6 +315,10 @@ class Runner:
                 slots[slot] = None
         session.peak_bytes = max(session.peak_bytes, session.state_bytes)
         return self._collect(slots)
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """``value`` as state: a CUDA graph's next replay overwrites its outputs, so of those a copy is kept."""
+        return value.clone() if value.is_cuda and self._compiler.patches.get("triton.cudagraphs") else value
 
     def _collect(self, slots: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(slots[result.slot] if isinstance(result, _Slot) else result for result in self._results)

@@ -69,7 +69,7 @@ def _banded(graph: fx.Graph, site: AttentionSite, window: int, kernel: str) -> f
     assert value is not None
     chosen = attention.choose_kernel(
         kernel,
-        device=value.device.type,
+        like=value,
         tokens=shape_of(q)[-2],
         window=window,
         masked=mask is not None,

@@ -181,6 +181,21 @@ def dit(
     return Case(f"dit{layers}", woken, draw, sites, (), layers, cfg_order, tokens)
 
 
+def digits() -> Case:
+    """The bundled denoiser with its own weights; 1 024 tokens."""
+    from digits import NULL_CLASS, load_pipeline
+
+    model = load_pipeline().transformer
+
+    def draw(by: Draw) -> Call:
+        labels = by.labels()
+        labels = torch.where(labels == CLASSES, NULL_CLASS, labels)
+        return (by.latents(1, 32, 32),), {"timestep": by.times(), "class_labels": labels}
+
+    sites = tuple(f"transformer_blocks.{layer}.attn1" for layer in range(6))
+    return Case("digits", model, draw, sites, (), 6, "cond_first", 1024, batch=2)
+
+
 def pixart(
     *,
     layers: int = 2,
@@ -296,6 +311,7 @@ def toy(
 
 CASES: Final[Mapping[str, Callable[[], Case]]] = {
     "dit": dit,
+    "digits": digits,
     "pixart": pixart,
     "pixart_sizes": functools.partial(pixart, sizes=True),
     "toy_one_block": functools.partial(toy, blocks=1),
