@@ -173,5 +173,8 @@ def flex_band(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: flo
     """
     options = _apply_kernel_options(q, k, v, False, {"ROWS_GUARANTEED_SAFE": True})
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.device.type == "cpu":
+        # The C++ template reads the sizes of q's and k's buffers, so they must be no views of a projection's.
+        q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
     out, *_ = flex_attention_hop(q, k, v, _identity, block_mask.as_tuple(), scale, dict(options))
     return out
