@@ -25,7 +25,7 @@ demo: $(VENV)/.examples
 
 # Not `python -m pytest`: that would put this folder, and with it a bare `passes`, on sys.path.
 test: $(VENV)/.dev
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check

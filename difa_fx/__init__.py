@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from difa_fx.backend import difa as difa
     from difa_fx.errors import DifaError as DifaError
-    from difa_fx.inspect import inspect as inspect
+    from difa_fx.inspection import inspect as inspect
     from difa_fx.pipelines import attach as attach
     from difa_fx.pipelines import detach as detach
     from difa_fx.plan import Method as Method
@@ -33,7 +33,7 @@ _WHERE = {
     "attach": "pipelines",
     "detach": "pipelines",
     "difa": "backend",
-    "inspect": "inspect",
+    "inspect": "inspection",
     "reset": "session",
     "stats": "session",
 }

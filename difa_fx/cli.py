@@ -12,7 +12,7 @@ from difa_fx.errors import DifaError, OptionError
 from difa_fx.plan import Method, Plan
 
 if TYPE_CHECKING:
-    from difa_fx.inspect import GraphReport
+    from difa_fx.inspection import GraphReport
 
 _LETTERS = {
     Method.FULL: "F",
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(arguments: argparse.Namespace) -> str:
-    from difa_fx.inspect import inspect
+    from difa_fx.inspection import inspect
 
     model, args, kwargs = _load(arguments)
     graphs = inspect(model, *args, **kwargs)

@@ -23,7 +23,7 @@ LAYERS = (
     ("cost", "attention"),
     ("schedule",),
     ("passes",),
-    ("inspect", "compile"),
+    ("inspection", "compile"),
     ("clock", "runtime"),
     ("options",),
     ("registry",),

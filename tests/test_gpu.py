@@ -1,0 +1,57 @@
+"""On CUDA: every window kernel and dtype agrees with the eager oracle, and CUDA graphs keep the state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from compiled import compiled, make_plan, run
+from models import Case, dit, relative, tensor_of
+from oracle import Oracle
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+ROWS = ["full", "window+cfg", "cached", "full+cfg", "window", "cached", "window+cfg", "full", "window+cfg"]
+ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def on_cuda(found: Case, dtype: torch.dtype) -> Case:
+    return replace(found, model=found.model.to("cuda", dtype))
+
+
+def calls_on_cuda(found: Case, steps: int, dtype: torch.dtype) -> list[Any]:
+    def moved(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to("cuda", dtype if value.is_floating_point() else None)
+
+    calls = found.generation(steps)
+    return [(tuple(map(moved, args)), {k: moved(v) for k, v in kwargs.items()}) for args, kwargs in calls]
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("kernel", ["flex", "sdpa", "flash"])
+def test_kernels_and_dtypes_agree_with_the_oracle(kernel: str, dtype: torch.dtype) -> None:
+    if kernel == "flash" and dtype is torch.float32:
+        pytest.skip("FlashAttention takes half precision")
+    found = on_cuda(dit(layers=2, width=144, heads=2, sample_size=32), dtype)
+    plan = make_plan(found, ROWS, window=128)
+    calls = calls_on_cuda(found, plan.steps, dtype)
+    got = run(compiled(found, plan, "inductor", window_kernel=kernel), calls)
+    for step, (ours, theirs) in enumerate(zip(got, Oracle(found.model, plan).run(calls), strict=True)):
+        assert relative(ours.float(), tensor_of(theirs).float()) < ROUNDING[dtype], f"step {step}"
+
+
+def test_state_survives_cuda_graphs() -> None:
+    found = on_cuda(dit(layers=2, sample_size=16), torch.float32)
+    plan = make_plan(found, ROWS, window=32)
+    calls = calls_on_cuda(found, plan.steps, torch.float32)
+    expected = run(compiled(found, plan, "inductor"), calls)
+    torch._dynamo.reset()
+    model = torch.compile(found.model, backend="difa", options={"plan": plan}, mode="reduce-overhead", dynamic=False)
+    for _ in range(3):
+        outputs = run(model, calls)
+    for step, (ours, theirs) in enumerate(zip(outputs, expected, strict=True)):
+        assert relative(ours, theirs) < 1e-4, f"step {step}"
