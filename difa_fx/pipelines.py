@@ -31,6 +31,7 @@ class _Attachment:
     denoiser: nn.Module
     compiled_before: Any
     scheduler: Any
+    heard_before: Any
     compiled_here: bool
 
 
@@ -81,7 +82,8 @@ def attach(pipe: Any, plan: object = None, *, mode: str | None = None, **options
             allowed="a plan, or a denoiser compiled with backend='difa'",
             todo="call difa_fx.attach(pipe, plan)",
         )
-    _attachments[pipe] = _Attachment(denoiser, before, scheduler, checked is not None)
+    heard_before = vars(scheduler).get("set_timesteps")
+    _attachments[pipe] = _Attachment(denoiser, before, scheduler, heard_before, checked is not None)
     _listen(scheduler, denoiser, checked)
     return pipe
 
@@ -101,6 +103,8 @@ def detach(pipe: Any) -> Any:
             todo="call difa_fx.attach(pipe, plan) first",
         )
     vars(attachment.scheduler).pop("set_timesteps", None)
+    if attachment.heard_before is not None:
+        attachment.scheduler.set_timesteps = attachment.heard_before
     registry.release(attachment.denoiser)
     if attachment.compiled_here:
         attachment.denoiser._compiled_call_impl = attachment.compiled_before

@@ -78,6 +78,11 @@ class Session:
     generation: int = -1
     peak_bytes: int = 0
 
+    def abandon(self) -> None:
+        """Drop the state, and with it the generation: only the first step of a new one can follow."""
+        self.state.clear()
+        self.generation = -1
+
     @property
     def state_bytes(self) -> int:
         """Bytes of state held now; halves shared with an activation count in full."""
@@ -151,11 +156,15 @@ class Runner:
             step = session.clock.tick(self._timestep(args), tolerance=self._rounding)
             self._begin(session, step, args)
         except (ClockError, CFGError) as error:
-            session.state.clear()
+            session.abandon()
             if self._strict:
                 raise
             return self._run_full(args, error)
-        return self._run(self.programs[step], args, session)
+        try:
+            return self._run(self.programs[step], args, session)
+        except BaseException:
+            session.abandon()
+            raise
 
     def serves(self, owners: Collection[int]) -> bool:
         """Whether it served a denoiser with one of these parameters (their ids); a denoiser without any counts."""
@@ -263,11 +272,12 @@ class Runner:
                 self._check_halves(args)
         elif session.generation != session.clock.generation:
             raise ClockError(
-                "the batch, resolution or dtype changed in the middle of a generation",
+                "there is no state to go on with in the middle of a generation",
                 where=f"step {step}",
-                got="a graph that did not run this generation's first steps",
-                allowed="one shape from the first step to the last",
-                todo="begin a new generation, or keep the batch (and CFG) the same throughout it",
+                got="a call at a batch, resolution or dtype that did not run this generation's first steps, "
+                "or one after a call that failed",
+                allowed="one shape from the first step to the last, and no failed call between",
+                todo="begin a new generation, and keep the batch (and CFG) the same throughout it",
             )
 
     def _check_halves(self, args: Sequence[Any]) -> None:

@@ -124,7 +124,7 @@ def test_another_batch_size_within_a_generation_is_an_error() -> None:
     found = dit(layers=2)
     model = compiled(found, make_plan(found, ROWS), "eager")
     outputs(model, found.generation(5, batch=4)[:2])
-    with pytest.raises(ClockError, match="middle of a generation"):
+    with pytest.raises(ClockError, match="no state to go on with"):
         outputs(model, found.generation(5, batch=6)[2:])
 
 
@@ -180,6 +180,25 @@ def test_a_probe_within_a_generation_cannot_go_unseen() -> None:
     with pytest.raises(ClockError):
         outputs(model, calls[2:3])
     assert runner(model).stats.state_bytes == 0
+
+
+def test_a_call_that_fails_ends_its_generation() -> None:
+    found = dit(layers=2)
+    model = compiled(found, make_plan(found, ROWS), "eager")
+    calls = found.generation(5)
+    outputs(model, calls[:1])
+    program = runner(model).programs[1]
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    broken = [replace(call, run=fail) if call.run and i else call for i, call in enumerate(program)]
+    runner(model).programs = (runner(model).programs[0], tuple(broken), *runner(model).programs[2:])
+    with pytest.raises(MemoryError):
+        outputs(model, calls[1:2])
+    assert runner(model).stats.state_bytes == 0
+    with pytest.raises(ClockError, match="no state to go on with"):
+        outputs(model, calls[2:3])
 
 
 def test_a_generation_of_another_length_is_an_error() -> None:

@@ -202,3 +202,24 @@ def test_8_memory_does_not_grow() -> None:
     for _ in range(48):
         run(model, calls)
     assert live_bytes() == before
+
+
+@pytest.mark.parametrize("mode", ["inference_mode", "autocast", "bfloat16"])
+def test_other_ways_to_run_agree_with_the_oracle(mode: str) -> None:
+    found = dit(layers=2)
+    plan = make_plan(found, CFG_ROWS)
+    calls = found.generation(plan.steps)
+    expected = [tensor_of(output) for output in Oracle(found.model, plan).run(calls)]
+    if mode == "bfloat16":
+        found.model.to(torch.bfloat16)
+        calls = [((args[0].bfloat16(),), kwargs) for args, kwargs in calls]
+    contexts = {
+        "inference_mode": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+        "bfloat16": torch.no_grad(),
+    }
+    with contexts[mode]:
+        got = run(compiled(found, plan), calls)
+    rounding = TIGHT if mode == "inference_mode" else 0.05
+    assert all(relative(a.float(), b) < rounding for a, b in zip(got, expected, strict=True))
+    assert got[0].dtype is (torch.float32 if mode == "inference_mode" else torch.bfloat16)
