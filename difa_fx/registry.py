@@ -70,8 +70,8 @@ def compilation_for(key: Mapping[str, Any] | None, options: Options) -> Compilat
 def begin(model: nn.Module, timesteps: Sequence[float] | None = None) -> None:
     """Tell every clock of ``model``, made already or later, that a generation is about to start."""
     for parameter in model.parameters():
-        known = _begun[parameter] if parameter in _begun else None
-        _begun[parameter] = known if timesteps is None else timesteps
+        if timesteps is not None or parameter not in _begun:
+            _begun[parameter] = timesteps
     for compilation in list(_compilations.values()):
         for clock in compilation.clocks_for(model):
             clock.begin(timesteps)

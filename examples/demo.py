@@ -24,7 +24,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
 
 import difa_fx
 from difa_fx.cost import kept
@@ -64,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     plan = Plan.load(options.plan)
     labels = [i % 10 for i in range(options.images)]
-    console.print(f"[bold]{len(labels)} digits[/], {plan.steps} steps with guidance, 1 024 tokens; {plan}")
+    console.print(
+        f"[bold]{len(labels)} digits[/], {plan.steps} steps with guidance, 1 024 tokens; {plan}"
+    )
 
     plain = load_pipeline()
     plain.transformer.compile(backend=options.compiler)
@@ -76,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     classifier = fit_classifier()
     seconds = {name: statistics.median(times) for name, times in later.items()}
     runs = {
-        name: Run(seconds[name], first[name] - seconds[name], classifier.accuracy(images[name], labels))
+        name: Run(
+            seconds[name], first[name] - seconds[name], classifier.accuracy(images[name], labels)
+        )
         for name in pipes
     }
     measured = _distances(images["plain"], images["plan"]) | {
@@ -91,18 +98,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=10, help="digits to draw (default 10)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=2, help="timed generations of each kind (default 2)")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="timed generations of each kind (default 2)"
+    )
     parser.add_argument("--plan", type=Path, default=FOLDER / "plan.json")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results (default demo)")
-    parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder of the results (default demo)"
+    )
+    parser.add_argument(
+        "--compiler", default="inductor", choices=("inductor", "aot_eager", "eager")
+    )
     return parser.parse_args(argv)
 
 
 def _generate(
-    pipes: dict[str, Any], labels: Sequence[int], steps: int, options: argparse.Namespace, console: Console
+    pipes: dict[str, Any],
+    labels: Sequence[int],
+    steps: int,
+    options: argparse.Namespace,
+    console: Console,
 ) -> tuple[dict[str, Tensor], dict[str, float], dict[str, list[float]]]:
     """Images, seconds of each first generation, and of the later ones, which take turns."""
     images: dict[str, Tensor] = {}
@@ -115,7 +134,9 @@ def _generate(
                 started = time.perf_counter()
                 images[name] = generate(pipe, labels, seed=options.seed, steps=steps)
                 first[name] = time.perf_counter() - started
-        task = progress.add_task("timed generations, in turn", total=options.repeats * len(pipes) * steps)
+        task = progress.add_task(
+            "timed generations, in turn", total=options.repeats * len(pipes) * steps
+        )
         for _ in range(options.repeats):
             for name, pipe in pipes.items():
                 with _shown(pipe, lambda: progress.advance(task)):
@@ -175,7 +196,12 @@ def _table(runs: dict[str, Run]) -> Table:
 
 
 def _save(
-    folder: Path, images: dict[str, Tensor], labels: Sequence[int], runs: dict[str, Run], plan: Plan, pieces: int
+    folder: Path,
+    images: dict[str, Tensor],
+    labels: Sequence[int],
+    runs: dict[str, Run],
+    plan: Plan,
+    pieces: int,
 ) -> None:
     import matplotlib as mpl
 
@@ -189,7 +215,9 @@ def _save(
         for column in range(shown):
             axes[row, column].imshow(images[name][column, 0].numpy(), cmap="gray", vmin=-1, vmax=1)
             axes[row, column].set_axis_off()
-        axes[row, 0].set_title("Inductor" if row == 0 else "difa, with the plan", loc="left", fontsize=9)
+        axes[row, 0].set_title(
+            "Inductor" if row == 0 else "difa, with the plan", loc="left", fontsize=9
+        )
     figure.tight_layout()
     figure.savefig(folder / "demo.png", dpi=150)
     plt.close(figure)
@@ -198,7 +226,11 @@ def _save(
         "images": len(labels),
         "steps": plan.steps,
         "pieces": pieces,
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "hardware": {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     (folder / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

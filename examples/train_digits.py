@@ -211,7 +211,9 @@ def learning_rate(stage: Stage, step: int, warmup: int) -> float:
     return stage.learning_rate * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * cosine)
 
 
-def begin_stage(settings: Settings, index: int, device: torch.device, weights: dict[str, Tensor] | None = None) -> Run:
+def begin_stage(
+    settings: Settings, index: int, device: torch.device, weights: dict[str, Tensor] | None = None
+) -> Run:
     """Set up a stage: the weights so far (random if None) and a fresh optimizer and average."""
     model = new_model(settings)
     if weights is not None:
@@ -366,7 +368,9 @@ def evaluate(folder: Path, samples: int, steps: int, device: torch.device) -> di
     }
 
 
-def write_record(run: Run, settings: Settings, options: argparse.Namespace, result: dict[str, Any]) -> None:
+def write_record(
+    run: Run, settings: Settings, options: argparse.Namespace, result: dict[str, Any]
+) -> None:
     """Write ``training.json``: what was run, on what, and what it reached."""
     record = {
         "evaluation": result,
@@ -389,7 +393,9 @@ def parse(arguments: list[str] | None) -> tuple[Settings, argparse.Namespace]:
     """Read the command line; ``--tiny`` only changes defaults, so other flags still win over it."""
     parser = argparse.ArgumentParser(description="Train the bundled digit denoiser.")
     flag = parser.add_argument
-    flag("--grids", type=int, nargs="+", default=[8, 16, 32], help="one stage per grid, the last 32")
+    flag(
+        "--grids", type=int, nargs="+", default=[8, 16, 32], help="one stage per grid, the last 32"
+    )
     flag("--steps", type=int, nargs="+", default=[1500, 250, 150], help="updates per stage")
     flag("--batch", type=int, nargs="+", default=[64, 32, 16], help="images per update, per stage")
     flag("--rates", type=float, nargs="+", default=[1e-3, 7e-4, 5e-4], help="peak learning rates")
@@ -405,13 +411,17 @@ def parse(arguments: list[str] | None) -> tuple[Settings, argparse.Namespace]:
     flag("--save-every", type=int, default=50, help="updates between two saves")
     flag("--stop-after", type=int, help="save and leave after this many updates")
     flag("--restart", action="store_true", help="discard a saved run")
-    flag("--tiny", action="store_true", help="a few seconds on a small model, to try the script out")
+    flag(
+        "--tiny", action="store_true", help="a few seconds on a small model, to try the script out"
+    )
     if parser.parse_known_args(arguments)[0].tiny:
         parser.set_defaults(**TINY)
     options = parser.parse_args(arguments)
     lists = (options.grids, options.steps, options.batch, options.rates)
     if len({len(values) for values in lists}) != 1 or options.grids[-1] != SIZE:
-        parser.error("--grids, --steps, --batch and --rates need one value per stage, the last grid 32")
+        parser.error(
+            "--grids, --steps, --batch and --rates need one value per stage, the last grid 32"
+        )
     return settings_of(options), options
 
 
