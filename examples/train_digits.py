@@ -202,7 +202,8 @@ def loss_of(model: Callable[..., Any], batch: Batch) -> Tensor:
     predicted_B1HW = model(batch.noisy, timestep=batch.timestep, class_labels=batch.label).sample
     weight_B = batch.level.clamp(min=0.2) ** -2
     error_B = (predicted_B1HW - batch.clean).square().mean((1, 2, 3))
-    return (weight_B * error_B).mean()
+    loss: Tensor = (weight_B * error_B).mean()
+    return loss
 
 
 def learning_rate(stage: Stage, step: int, warmup: int) -> float:
@@ -211,9 +212,7 @@ def learning_rate(stage: Stage, step: int, warmup: int) -> float:
     return stage.learning_rate * min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * cosine)
 
 
-def begin_stage(
-    settings: Settings, index: int, device: torch.device, weights: dict[str, Tensor] | None = None
-) -> Run:
+def begin_stage(settings: Settings, index: int, device: torch.device, weights: dict[str, Tensor] | None = None) -> Run:
     """Set up a stage: the weights so far (random if None) and a fresh optimizer and average."""
     model = new_model(settings)
     if weights is not None:
@@ -279,7 +278,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 def train(run: Run, settings: Settings, options: argparse.Namespace, console: Console) -> Run:
     """Run every stage that is left, or as much as there is leave for; the state is saved."""
     data, budget = digit_images(), options.stop_after or math.inf
-    run.parts += 1
+    run.parts += run.stage < len(settings.stages)  # evaluating again is no further part
     with progress_bar(console) as progress, interruptible() as interrupted:
         while run.stage < len(settings.stages):
             stage = settings.stages[run.stage]
@@ -308,7 +307,8 @@ def train_step(run: Run, model: Callable[..., Any], settings: Settings, data: Di
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(stage, run.step, settings.warmup)
     run.optimizer.zero_grad()
-    loss = loss_of(model, batch)
+    with torch.enable_grad():  # the caller may have switched gradients off
+        loss = loss_of(model, batch)
     loss.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     run.optimizer.step()
@@ -342,7 +342,8 @@ def log(run: Run, stage: Stage, console: Console) -> None:
 
 def export(run: Run, folder: Path) -> None:
     """Write the averaged weights in half precision, and the scheduler that samples them."""
-    run.ema.module.half().save_pretrained(folder)
+    model: Any = run.ema.module.half()
+    model.save_pretrained(folder)
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=TIMESTEPS,
         prediction_type="sample",
@@ -368,9 +369,7 @@ def evaluate(folder: Path, samples: int, steps: int, device: torch.device) -> di
     }
 
 
-def write_record(
-    run: Run, settings: Settings, options: argparse.Namespace, result: dict[str, Any]
-) -> None:
+def write_record(run: Run, settings: Settings, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """Write ``training.json``: what was run, on what, and what it reached."""
     record = {
         "evaluation": result,
@@ -393,9 +392,7 @@ def parse(arguments: list[str] | None) -> tuple[Settings, argparse.Namespace]:
     """Read the command line; ``--tiny`` only changes defaults, so other flags still win over it."""
     parser = argparse.ArgumentParser(description="Train the bundled digit denoiser.")
     flag = parser.add_argument
-    flag(
-        "--grids", type=int, nargs="+", default=[8, 16, 32], help="one stage per grid, the last 32"
-    )
+    flag("--grids", type=int, nargs="+", default=[8, 16, 32], help="one stage per grid, the last 32")
     flag("--steps", type=int, nargs="+", default=[1500, 250, 150], help="updates per stage")
     flag("--batch", type=int, nargs="+", default=[64, 32, 16], help="images per update, per stage")
     flag("--rates", type=float, nargs="+", default=[1e-3, 7e-4, 5e-4], help="peak learning rates")
@@ -411,17 +408,13 @@ def parse(arguments: list[str] | None) -> tuple[Settings, argparse.Namespace]:
     flag("--save-every", type=int, default=50, help="updates between two saves")
     flag("--stop-after", type=int, help="save and leave after this many updates")
     flag("--restart", action="store_true", help="discard a saved run")
-    flag(
-        "--tiny", action="store_true", help="a few seconds on a small model, to try the script out"
-    )
+    flag("--tiny", action="store_true", help="a few seconds on a small model, to try the script out")
     if parser.parse_known_args(arguments)[0].tiny:
         parser.set_defaults(**TINY)
     options = parser.parse_args(arguments)
     lists = (options.grids, options.steps, options.batch, options.rates)
     if len({len(values) for values in lists}) != 1 or options.grids[-1] != SIZE:
-        parser.error(
-            "--grids, --steps, --batch and --rates need one value per stage, the last grid 32"
-        )
+        parser.error("--grids, --steps, --batch and --rates need one value per stage, the last grid 32")
     return settings_of(options), options
 
 
