@@ -67,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     plan = Plan.load(options.plan)
     labels = [i % 10 for i in range(options.images)]
-    console.print(
-        f"[bold]{len(labels)} digits[/], {plan.steps} steps with guidance, 1 024 tokens; {plan}"
-    )
+    console.print(f"[bold]{len(labels)} digits[/], {plan.steps} steps with guidance, 1 024 tokens; {plan}")
 
     plain = load_pipeline()
     plain.transformer.compile(backend=options.compiler)
@@ -81,9 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     classifier = fit_classifier()
     seconds = {name: statistics.median(times) for name, times in later.items()}
     runs = {
-        name: Run(
-            seconds[name], first[name] - seconds[name], classifier.accuracy(images[name], labels)
-        )
+        name: Run(seconds[name], first[name] - seconds[name], classifier.accuracy(images[name], labels))
         for name in pipes
     }
     measured = _distances(images["plain"], images["plan"]) | {
@@ -98,21 +94,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10, help="digits to draw (default 10)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--repeats", type=int, default=2, help="timed generations of each kind (default 2)"
-    )
+    parser.add_argument("--repeats", type=int, default=2, help="timed generations of each kind (default 2)")
     parser.add_argument("--plan", type=Path, default=FOLDER / "plan.json")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder of the results (default demo)"
-    )
-    parser.add_argument(
-        "--compiler", default="inductor", choices=("inductor", "aot_eager", "eager")
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results (default demo)")
+    parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))
     return parser.parse_args(argv)
 
 
@@ -134,9 +122,7 @@ def _generate(
                 started = time.perf_counter()
                 images[name] = generate(pipe, labels, seed=options.seed, steps=steps)
                 first[name] = time.perf_counter() - started
-        task = progress.add_task(
-            "timed generations, in turn", total=options.repeats * len(pipes) * steps
-        )
+        task = progress.add_task("timed generations, in turn", total=options.repeats * len(pipes) * steps)
         for _ in range(options.repeats):
             for name, pipe in pipes.items():
                 with _shown(pipe, lambda: progress.advance(task)):
@@ -215,9 +201,7 @@ def _save(
         for column in range(shown):
             axes[row, column].imshow(images[name][column, 0].numpy(), cmap="gray", vmin=-1, vmax=1)
             axes[row, column].set_axis_off()
-        axes[row, 0].set_title(
-            "Inductor" if row == 0 else "difa, with the plan", loc="left", fontsize=9
-        )
+        axes[row, 0].set_title("Inductor" if row == 0 else "difa, with the plan", loc="left", fontsize=9)
     figure.tight_layout()
     figure.savefig(folder / "demo.png", dpi=150)
     plt.close(figure)
