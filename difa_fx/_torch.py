@@ -24,6 +24,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.attention.flex_attention import BlockMask, _apply_kernel_options, _identity
 from torch.utils.weak import WeakIdKeyDictionary
@@ -47,10 +48,19 @@ __all__ = [
     "inductor_option_names",
     "input_sources",
     "is_static_input",
+    "new_fake_mode",
     "propagate",
     "trace_aten",
     "warm_up_cpu_codegen",
 ]
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A mode for fake tensors beside real constants.
+
+    It has a shape environment, though all shapes are static: Inductor's cache on disk does not work without one.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
 def fake_inputs(inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from difa_fx._torch import FakeTensorMode, export_aten, fake_inputs, is_static_input
+from difa_fx._torch import export_aten, fake_inputs, is_static_input, new_fake_mode
 from difa_fx.errors import GraphError
 from difa_fx.passes.graph_tools import arg, output_values, placeholders, remove_dead
 
@@ -63,7 +63,7 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
         GraphError: the graph writes to its inputs, which a plan cannot replay.
     """
     with torch.no_grad():
-        fakes = fake_inputs(inputs, FakeTensorMode(allow_non_fake_inputs=True))
+        fakes = fake_inputs(inputs, new_fake_mode())
     if not any(isinstance(value, Tensor) for value in fakes):
         raise GraphError("the graph has no tensor input", where="canonicalize")
     exported, written = export_aten(gm, fakes)
