@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +234,6 @@ def _dispatch(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _without_work(call: Any) -> Any:
-    from dataclasses import replace
-
     results = (None,) * len(call.outputs)
     return replace(call, run=lambda *_: results)
 

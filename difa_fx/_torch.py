@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
-from torch._dynamo.utils import counters as dynamo_counters
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import tracing
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
@@ -40,7 +39,6 @@ __all__ = [
     "apart_from_dynamo",
     "compile_inductor",
     "deferred_kernels",
-    "dynamo_counters",
     "export_aten",
     "fake_inputs",
     "flex_band",

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 
 from difa_fx.errors import SiteError
 from difa_fx.plan import Method, Plan, Window
+from difa_fx.plan_rules import window_follows
 
 __all__ = [
     "SiteShape",
@@ -158,14 +159,13 @@ def kept_per_step(
 
 def residual_writes(plan: Plan) -> frozenset[tuple[int, str]]:
     """The (step, site) pairs that must write a residual: a window reads it before the next one."""
-    found: set[tuple[int, str]] = set()
-    for site in plan.sites:
-        wanted = False
-        for step, method in reversed(list(enumerate(plan.column(site)))):
-            if method.refreshes and wanted:
-                found.add((step, site))
-            wanted = method.windowed or (wanted and not method.refreshes)
-    return frozenset(found)
+    columns = {site: plan.column(site) for site in plan.sites}
+    return frozenset(
+        (step, site)
+        for site, methods in columns.items()
+        for step, method in enumerate(methods)
+        if method.refreshes and window_follows(methods, step)
+    )
 
 
 def _band(shape: SiteShape, window: Window) -> int:

@@ -81,7 +81,8 @@ class GraphReport:
 def inspect(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[GraphReport, ...]:
     """Trace ``model`` on example inputs and report its attention: one record a graph.
 
-    The model runs once, eagerly; nothing is compiled and nothing about it changes.
+    The model runs once, eagerly; nothing is compiled and nothing about it changes.  Dynamo's
+    caches are cleared first, so other compiled code compiles again at its next call.
 
     Args:
         model: the denoiser.

@@ -247,6 +247,16 @@ def check_reads(methods: Sequence[Sequence[Method]], sites: Sequence[str]) -> No
             has_residual[index] |= method.refreshes
 
 
+def window_follows(methods: Sequence[Method], step: int) -> bool:
+    """Whether, at one site, a window step reads a residual after ``step`` and before the next refresh."""
+    for method in methods[step + 1 :]:
+        if method.refreshes:
+            return False
+        if method.windowed:
+            return True
+    return False
+
+
 def check_first_step(methods: Sequence[Sequence[Method]]) -> None:
     """Checks that the first step is ``full`` everywhere: later steps are measured against it."""
     for index, method in enumerate(methods[0]):

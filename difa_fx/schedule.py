@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from difa_fx.cost import SiteShape
 from difa_fx.plan import Method, Plan
+from difa_fx.plan_rules import window_follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def _column(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
     entries: list[SiteStep] = []
     output_half = residual_half = False
     for step, method in enumerate(methods):
-        follows = _window_follows(methods, step)
+        follows = window_follows(methods, step)
         if method.refreshes:
             residual_half = method.shares_cfg
         if method.computes:
@@ -122,13 +123,3 @@ def _column(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
 def _cached_follows(methods: Sequence[Method], step: int) -> bool:
     """Whether the next step reads this one's output."""
     return step + 1 < len(methods) and methods[step + 1] is Method.CACHED
-
-
-def _window_follows(methods: Sequence[Method], step: int) -> bool:
-    """Whether a window step comes after ``step`` and before the next full one."""
-    for method in methods[step + 1 :]:
-        if method.refreshes:
-            return False
-        if method in (Method.WINDOW, Method.WINDOW_CFG):
-            return True
-    return False

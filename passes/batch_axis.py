@@ -389,7 +389,7 @@ def _norm(node: fx.Node, axes: Axes) -> Step:
 )
 def _per_sample(node: fx.Node, axes: Axes) -> Step:
     _, axis = _only_lead(node, axes)
-    if axis != 0 or (node.target is aten.group_norm.default and len(shape_of(node)) < 2):
+    if axis != 0:
         raise LostBatchError(node, "the batch is not at axis 0")
     return Step(0)
 

@@ -1,7 +1,7 @@
 """canonicalize: one spelling per operation, without a change of a single bit.
 
-Dynamo hands over torch-level IR: functions, methods and in-place writes mixed.  Pre-dispatch ATen says the
-same in one spelling each (``x.view``, ``torch.reshape`` and ``flatten`` are ``aten.view``), keeps linear,
+Dynamo hands over torch-level IR: functions, methods and in-place writes mixed.  Pre-dispatch ATen spells a
+function, its method and its module alike (``x.softmax``, ``F.softmax``, ``nn.Softmax``), keeps linear,
 layer norm and scaled_dot_product_attention whole, carries ``nn_module_stack`` along, and is functional: a
 ``setitem`` is a ``slice_scatter`` whose edge a later pass can follow.
 """

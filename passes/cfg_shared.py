@@ -41,7 +41,7 @@ _RESHAPES = {
 }
 
 
-def cfg_shared(graph: fx.Graph, site: AttentionSite, *, second: bool) -> tuple[AttentionSite, fx.Node]:
+def cfg_shared(graph: fx.Graph, site: AttentionSite, *, second: bool) -> AttentionSite:
     """Rewrite the region of ``site`` to the conditional half of the batch.
 
     Args:
@@ -49,7 +49,7 @@ def cfg_shared(graph: fx.Graph, site: AttentionSite, *, second: bool) -> tuple[A
         second: whether the conditional half is the second one.
 
     Returns:
-        The site at half batch, in the same graph, and the node that uses its output for both halves.
+        The site at half batch, in the same graph; what read its output reads both halves made from it.
     """
     halver = _Halver(graph, site.axes, second)
     with graph.inserting_before(site.output):
@@ -58,8 +58,7 @@ def cfg_shared(graph: fx.Graph, site: AttentionSite, *, second: bool) -> tuple[A
         output = halver.copies[site.output]
         shared = graph.call_function(attention.cfg_shared, (output,), {"axis": site.axes[site.output]})
     site.output.replace_all_uses_with(shared)
-    shared.args = (output,)
-    half = replace(
+    return replace(
         site,
         anchor=halver.copies[site.anchor],
         source=halver.halves.get(site.source, site.source),
@@ -67,7 +66,6 @@ def cfg_shared(graph: fx.Graph, site: AttentionSite, *, second: bool) -> tuple[A
         region=tuple(halver.copies[node] for node in site.region),
         axes={},
     )
-    return half, shared
 
 
 class _Halver:

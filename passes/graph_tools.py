@@ -1,4 +1,4 @@
-"""Small readings of an FX graph that several passes share.  Nothing here edits a graph."""
+"""Small readings of an FX graph that several passes share; :func:`remove_dead` alone edits one."""
 
 from __future__ import annotations
 

@@ -114,11 +114,9 @@ def rewrite_step(
         settings: window, CFG order and kernel.
     """
     moved: dict[fx.Node, fx.Node] = {}
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(gm.graph, moved))
-    rewritten = fx.GraphModule(gm, copy)
-    graph = rewritten.graph
-    moved = dict(zip(gm.graph.nodes, graph.nodes, strict=True))
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, moved))
+    rewritten = fx.GraphModule(gm, graph)
     written: list[fx.Node] = []
     for original in sites:
         site, entry = original.moved(moved), row[original.path]
@@ -152,7 +150,7 @@ def _act(
     """
     whole = site
     if action.method.shares_cfg:
-        site, _ = cfg_shared(graph, site, second=settings.second)
+        site = cfg_shared(graph, site, second=settings.second)
     if action.method.windowed:
         value = _stored_residual(whole)
         if half_residual or action.method.shares_cfg:
