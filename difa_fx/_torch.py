@@ -14,13 +14,17 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch.aot_autograd import aot_export_module
-from torch._guards import tracing
+from torch._guards import TracingContext, tracing
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
+from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_forward, create_compiler_config_extra
 from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -33,6 +37,7 @@ TRIED_ON = ("2.11", "2.13")
 
 __all__ = [
     "TRIED_ON",
+    "BoxedPiece",
     "FakeTensor",
     "FakeTensorMode",
     "WeakIdKeyDictionary",
@@ -46,6 +51,7 @@ __all__ = [
     "inductor_option_names",
     "input_sources",
     "is_static_input",
+    "lower_inductor",
     "new_fake_mode",
     "propagate",
     "trace_aten",
@@ -109,6 +115,71 @@ def propagate(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, ...
 def compile_inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
     """``gm`` compiled by AOTAutograd and Inductor.  Wraps ``compile_fx``, which may edit ``gm``."""
     return compile_fx(gm, list(inputs), config_patches=dict(patches))  # type: ignore[return-value]
+
+
+BoxedPiece = Callable[[list[Any]], Sequence[Any]]
+"""A compiled graph that takes its inputs as one list, which it empties."""
+
+
+def lower_inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> BoxedPiece:
+    """``gm``, functional and without gradients, lowered by Inductor without AOTAutograd.
+
+    AOTAutograd would trace the graph twice and wrap the result in layers that check, at every call, for things that
+    a functional graph does not have: aliases, mutations, gradients.  Here it is traced once to Inductor's own
+    operators.  Constants of ``gm`` become inputs, bound to the result, so that Inductor's cache on disk can hold it.
+    Wraps ``compile_fx_forward``.
+    """
+    mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+    with inductor_config.patch(dict(patches)), torch.no_grad(), tracing(TracingContext(mode)), V.set_fake_mode(mode):
+        traced = _decomposed(gm, inputs, mode)
+        constants = _lift_constants(traced, mode)
+        fakes = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
+        (outputs,) = traced.graph.output_node().args
+        assert isinstance(outputs, (tuple, list))
+        lowered = compile_fx_forward(
+            traced,
+            fakes,
+            num_orig_model_outputs=len(outputs),
+            num_example_inputs=len(inputs),
+            compiler_config_extra=create_compiler_config_extra(traced),
+            is_inference=True,
+        )
+    run: BoxedPiece = lowered.current_callable  # type: ignore[attr-defined]
+    if not constants:
+        return run
+    return lambda values: run([*constants, *values])
+
+
+def _decomposed(gm: torch.fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> torch.fx.GraphModule:
+    table = select_decomp_table()
+    run = torch.fx.Interpreter(gm).run
+    with mode, enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
+        traced = make_fx(run, decomposition_table=table)(*inputs)
+        if any(_writes(node) for node in traced.graph.nodes):
+            traced = make_fx(torch.func.functionalize(run, remove="mutations"), decomposition_table=table)(*inputs)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def _lift_constants(gm: torch.fx.GraphModule, mode: FakeTensorMode) -> list[Tensor]:
+    """Turn the tensors that ``gm`` owns into its first inputs; returns them."""
+    constants: dict[str, Tensor] = {}
+    nodes: dict[str, torch.fx.Node] = {}
+    first = next(iter(gm.graph.nodes))
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = getattr(gm, str(node.target), None)
+        if not isinstance(value, Tensor):
+            continue
+        name = str(node.target)
+        if name not in nodes:
+            with gm.graph.inserting_before(first):
+                nodes[name] = gm.graph.placeholder(name)
+            nodes[name].meta["val"] = mode.from_tensor(value, static_shapes=True)
+            constants[name] = value
+        node.replace_all_uses_with(nodes[name])
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return list(constants.values())
 
 
 @contextlib.contextmanager

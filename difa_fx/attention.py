@@ -3,12 +3,11 @@
 A rewrite puts them in as ``call_function`` targets, so a printed graph shows them by name; the compiler traces
 through them.  All are pure, keep dtype and device, and never make an N x N tensor.
 
-Letters: B batch, H heads, N tokens, D head width, S block of queries, w window, L = S + 2 w keys of a block.
+Letters: B batch, H heads, N tokens, D head width, S block of queries, L keys of a block.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Final, Literal, cast
 
 import torch
@@ -17,13 +16,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from difa_fx._torch import flex_band
+from difa_fx.banded import band, band_attention, band_residual
 from difa_fx.errors import OptionError
 
 WindowKernel = Literal["flex", "flash", "sdpa"]
 WINDOW_KERNELS: Final = ("auto", "flex", "flash", "sdpa")
-
-_MIN_BLOCK: Final = 64
-_MAX_MASKED_BLOCKS: Final = 16
 
 
 def window_attention(
@@ -33,48 +30,80 @@ def window_attention(
     mask: Tensor | None,
     *band: Tensor,
     window: int,
+    residual_BNHD: Tensor | None = None,
     scale: float | None = None,
     kernel: WindowKernel = "sdpa",
 ) -> Tensor:
-    """Attention of each token to the tokens at most ``window`` away (DiTFastAttn, section 3.2: WA).
+    """Attention of each token to the tokens at most ``window`` away, plus the stored residual.
+
+    DiTFastAttn, section 3.2: WA, and with a residual WA-RS.
 
     Args:
         mask: the model's own mask, bool or additive, that broadcasts to [B, H, N, N]; ``sdpa`` only.
         band: what :func:`band_tensors` made for this kernel, number of tokens and window.
         window: tokens to either side, over the flattened sequence.
+        residual_BNHD: what :func:`window_residual` gave at a full step.
         scale: of the scores; 1 / sqrt(D) when None.
         kernel: which implementation; :func:`choose_kernel` picks one.
 
     Returns:
         [B, H, N, D], in the layout scaled_dot_product_attention gives.
     """
-    tokens = q_BHND.shape[2]
+    if kernel == "sdpa" and band:
+        out_BNHD = band_attention(q_BHND, k_BHND, v_BHND, mask, residual_BNHD, band[0], window, scale)
+        return cast(Tensor, out_BNHD.transpose(1, 2))
+    out_BHND = _window(q_BHND, k_BHND, v_BHND, mask, band, window, scale, kernel)
+    return out_BHND if residual_BNHD is None else out_BHND + residual_BNHD.transpose(1, 2)
+
+
+def window_residual(
+    full_BHND: Tensor,
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    mask: Tensor | None,
+    *band: Tensor,
+    window: int,
+    scale: float | None = None,
+    kernel: WindowKernel = "sdpa",
+) -> Tensor:
+    """What window attention misses of full attention, [B, N, H, D]: stored at a full step, added at window steps."""
+    full_BNHD = full_BHND.transpose(1, 2)
+    if kernel == "sdpa" and band:
+        return cast(Tensor, band_residual(full_BNHD, q_BHND, k_BHND, v_BHND, mask, band[0], window, scale))
+    out_BHND = _window(q_BHND, k_BHND, v_BHND, mask, band, window, scale, kernel)
+    return (full_BNHD - out_BHND.transpose(1, 2)).contiguous()
+
+
+def _window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    band: tuple[Tensor, ...],
+    window: int,
+    scale: float | None,
+    kernel: WindowKernel,
+) -> Tensor:
+    tokens = q.shape[2]
     if window >= tokens - 1:
-        return scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask, scale=scale)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if kernel == "flex":
-        return flex_band(q_BHND, k_BHND, v_BHND, _block_mask(tokens, window, band), scale)
-    if kernel == "flash":
-        return _flash_band(q_BHND, k_BHND, v_BHND, window, scale)
-    return _sdpa_band(q_BHND, k_BHND, v_BHND, mask, band[0], window, scale)
+        return flex_band(q, k, v, _block_mask(tokens, window, band), scale)
+    return _flash_band(q, k, v, window, scale)
 
 
-def band_tensors(kernel: WindowKernel, *, tokens: int, window: int, masked: bool, like: Tensor) -> tuple[Tensor, ...]:
+def band_tensors(kernel: WindowKernel, *, tokens: int, window: int, like: Tensor) -> tuple[Tensor, ...]:
     """The constants that :func:`window_attention` reads; made once, when a piece is compiled.
 
-    For ``sdpa`` an additive band of at most 2 blocks x 4 blocks, for ``flex`` four lists of block indices: never
+    For ``sdpa`` the additive band of one block, [S, L], for ``flex`` four lists of block indices: never
     anything of size N x N.
     """
     if window >= tokens - 1 or kernel == "flash":
         return ()
     if kernel == "flex":
         return _block_lists(tokens, window, like.device)
-    block = _block(tokens, window, masked)
-    rows = min(tokens, 2 * block)
-    row = torch.arange(rows, device=like.device)[:, None]
-    column = torch.arange(rows + 2 * window, device=like.device)[None] - window
-    outside = torch.tensor(-math.inf, dtype=like.dtype, device=like.device)
-    inside = torch.zeros((), dtype=like.dtype, device=like.device)
-    return (torch.where((row - column).abs() <= window, inside, outside),)
+    return (band(tokens, window, like),)
 
 
 def choose_kernel(requested: str, *, like: Tensor, tokens: int, window: int, masked: bool) -> WindowKernel:
@@ -161,94 +190,6 @@ def _flash_band(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | Non
         packed_q, packed_k, packed_v, ends, ends, tokens, tokens, scale=scale, window_size=(window, window)
     )
     return cast(Tensor, out).view(batch, tokens, heads, width).transpose(1, 2)
-
-
-def _block(tokens: int, window: int, masked: bool) -> int:
-    """Queries that the banded form takes at a time."""
-    block = max(window, _MIN_BLOCK)
-    return max(block, -(-tokens // _MAX_MASKED_BLOCKS)) if masked else block
-
-
-def _sdpa_band(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    band: Tensor,
-    window: int,
-    scale: float | None,
-) -> Tensor:
-    """Banded attention as SDPA over overlapping slices of the keys; the slices are views, not copies.
-
-    Queries go in blocks of S.  Inner blocks see S + 2 w keys and share one [S, L] mask, so they run as one call
-    with the blocks in the place of the heads; the two ends, where the band leaves the sequence, run apart.
-    """
-    batch, heads, tokens, width = q.shape
-    block = _block(tokens, window, mask is not None)
-
-    def edge(start: int, stop: int) -> Tensor:
-        return _edge(q, k, v, mask, band, start, stop, window, scale)
-
-    inner = (tokens - window) // block - 1
-    if mask is not None or inner < 1:
-        return _joined([edge(s, min(s + block, tokens)) for s in range(0, tokens, block)])
-    stop = (inner + 1) * block
-    span = block + 2 * window
-
-    def windows(t: Tensor) -> Tensor:
-        cut = t[:, :, block - window : stop + window]
-        return cut.unfold(2, span, block).transpose(-1, -2).flatten(0, 1)
-
-    middle = scaled_dot_product_attention(
-        q[:, :, block:stop].reshape(batch * heads, inner, block, width),
-        windows(k),
-        windows(v),
-        attn_mask=band[:block, :span],
-        scale=scale,
-    )
-    middle = middle.reshape(batch, heads, inner * block, width)
-    return _joined([edge(0, block), middle, edge(stop, tokens)])
-
-
-def _edge(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    band: Tensor,
-    start: int,
-    stop: int,
-    window: int,
-    scale: float | None,
-) -> Tensor:
-    """Queries ``start`` to ``stop`` against the keys their windows reach."""
-    low, high = max(0, start - window), min(q.shape[2], stop + window)
-    keep = band[: stop - start, low - start + window : high - start + window]
-    if mask is not None:
-        part = _cut(_cut(mask, -2, start, stop), -1, low, high)
-        keep = torch.where(part, keep, -math.inf) if part.dtype == torch.bool else part + keep
-    return scaled_dot_product_attention(
-        q[:, :, start:stop], k[:, :, low:high], v[:, :, low:high], attn_mask=keep, scale=scale
-    )
-
-
-def _cut(mask: Tensor, axis: int, start: int, stop: int) -> Tensor:
-    return mask if mask.shape[axis] == 1 else mask.narrow(axis, start, stop - start)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The parts of the sequence in the layout SDPA gives: [B, N, H, D] in memory."""
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
-
-
-def residual(full_BHND: Tensor, window_BHND: Tensor) -> Tensor:
-    """What window attention misses, [B, N, H, D]: stored at a full step, added at window steps."""
-    return (full_BHND - window_BHND).transpose(1, 2).contiguous()
-
-
-def add_residual(window_BHND: Tensor, residual_BNHD: Tensor) -> Tensor:
-    """Window attention plus the stored residual, [B, H, N, D] (DiTFastAttn, section 3.2: WA-RS)."""
-    return window_BHND + residual_BNHD.transpose(1, 2)
 
 
 def cached_output(state: Tensor) -> Tensor:

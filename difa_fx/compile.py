@@ -7,22 +7,24 @@ share it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import fx
 from tqdm.auto import tqdm
 
-from difa_fx._torch import compile_inductor, deferred_kernels, trace_aten
-from difa_fx.attention import window_attention
+from difa_fx._torch import BoxedPiece, deferred_kernels, lower_inductor, trace_aten
+from difa_fx.attention import window_attention, window_residual
 from difa_fx.passes.partition import Segment
 from difa_fx.passes.rewrite import RewriteSettings, VariantGraph, rewrite
 from difa_fx.schedule import SiteAction
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 
-Piece = Callable[..., Sequence[Any]]
-"""Takes a segment's inputs and then a residual it reads; gives its outputs and then a residual it writes."""
+Piece = BoxedPiece
+"""Takes a list, which it empties: a segment's inputs and then a residual it reads.  Gives the segment's outputs and
+then a residual it writes."""
 
 PieceKey = tuple[str, SiteAction | None]
 
@@ -66,16 +68,20 @@ class PieceCompiler:
     def _compile(self, variant: VariantGraph) -> Piece:
         gm, inputs = variant.gm, variant.inputs
         if self.compiler == "eager":
-            return gm
+            return _boxed(gm)
         if self.compiler == "aot_eager":
-            return trace_aten(gm, inputs)
-        return compile_inductor(gm, inputs, {**self.patches, **_flex_patches(variant)})
+            return _boxed(trace_aten(gm, inputs))
+        return lower_inductor(gm, inputs, {**self.patches, **_flex_patches(variant)})
+
+
+def _boxed(gm: fx.GraphModule) -> Piece:
+    return lambda values: gm(*values)
 
 
 def _flex_patches(variant: VariantGraph) -> dict[str, Any]:
     """Inductor's C++ flex template cannot take a fused epilogue; on CPU fusion is off for its pieces."""
-    for node in variant.gm.graph.find_nodes(op="call_function", target=window_attention):
-        value = node.args[0].meta["val"]
-        if node.kwargs.get("kernel") == "flex" and value.device.type == "cpu":
+    for node in variant.gm.graph.nodes:
+        flex = node.target in (window_attention, window_residual) and node.kwargs["kernel"] == "flex"
+        if flex and node.args[0].meta["val"].device.type == "cpu":
             return {"epilogue_fusion": False}
     return {}

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from difa_fx.attention import cfg_half, cfg_shared
 from difa_fx.clock import Clock
-from difa_fx.compile import PieceCompiler
+from difa_fx.compile import Piece, PieceCompiler
 from difa_fx.cost import SiteShape
 from difa_fx.errors import CFGError, ClockError, DifaError
 from difa_fx.passes.find_attention import Attention, AttentionSite
@@ -53,7 +53,7 @@ class Call:
         drops: state that nothing reads after it.
     """
 
-    run: Callable[..., Sequence[Any]] | None
+    run: Piece | None
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     dead: tuple[int, ...]
@@ -308,8 +308,7 @@ class Runner:
                 if call.residual is not None:
                     stored = state[call.residual]
                     values.append(stored if call.fit_residual is None else call.fit_residual(stored))
-                results = call.run(*values)
-                del values
+                results = call.run(values)
             if call.keeps is not None:
                 state[call.keeps] = self._kept(results[0])
             if call.writes is not None:

@@ -6,15 +6,17 @@ Before::
 
 After, at a window step::
 
-    q, k, v -> window_attention -> add_residual(residual_in) -> ...
+    q, k, v, residual_in -> window_attention -> ...
 
 After, at a full step whose residual a later step reads::
 
     q, k, v -> scaled_dot_product_attention -> ...
-            -> window_attention -> residual -> (handed out)
+    q, k, v, its result  -> window_residual -> (handed out)
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -33,7 +35,7 @@ def window_attention(
     kernel: str,
     shared_axis: int | None,
 ) -> fx.Node:
-    """Replace the anchor of ``site`` by window attention plus ``stored``; returns the sum's node.
+    """Replace the anchor of ``site`` by window attention plus ``stored``; returns its node.
 
     Args:
         graph: a block's graph, edited in place.
@@ -43,48 +45,35 @@ def window_attention(
         shared_axis: the batch axis when the residual holds the conditional half alone, else None.
     """
     with graph.inserting_before(site.anchor):
-        banded = _banded(graph, site, window, kernel)
         if shared_axis is not None:
             stored = graph.call_function(attention.cfg_shared, (stored,), {"axis": shared_axis})
-        summed = graph.call_function(attention.add_residual, (banded, stored))
-    site.anchor.replace_all_uses_with(summed)
-    return summed
+        args, settings = _banded(graph, site, window, kernel)
+        node = graph.call_function(attention.window_attention, args, settings | {"residual_BNHD": stored})
+    site.anchor.replace_all_uses_with(node)
+    return node
 
 
 def window_residual(graph: fx.Graph, site: AttentionSite, *, window: int, kernel: str) -> fx.Node:
     """Full minus window attention of ``site``, [B, N, H, D], as a new node that nothing reads yet."""
-    with graph.inserting_after(site.anchor):
-        missed = graph.call_function(attention.residual, (site.anchor, site.anchor))
-    with graph.inserting_before(missed):
-        missed.args = (site.anchor, _banded(graph, site, window, kernel))
-    return missed
+    with graph.inserting_before(site.anchor.next):
+        args, settings = _banded(graph, site, window, kernel)
+        return graph.call_function(attention.window_residual, (site.anchor, *args), settings)
 
 
-def _banded(graph: fx.Graph, site: AttentionSite, window: int, kernel: str) -> fx.Node:
+def _banded(graph: fx.Graph, site: AttentionSite, window: int, kernel: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What both functions take: queries, keys, values, mask and the band's constants; and the settings."""
     anchor = site.anchor
     mask = arg(anchor, "attn_mask")
     q = anchor.args[0]
     assert isinstance(q, fx.Node)
     value = tensor_of(q)
     assert value is not None
-    chosen = attention.choose_kernel(
-        kernel,
-        like=value,
-        tokens=shape_of(q)[-2],
-        window=window,
-        masked=mask is not None,
-    )
-    tensors = attention.band_tensors(
-        chosen,
-        tokens=shape_of(q)[-2],
-        window=window,
-        masked=mask is not None,
-        like=_real_like(value),
-    )
+    tokens = shape_of(q)[-2]
+    chosen = attention.choose_kernel(kernel, like=value, tokens=tokens, window=window, masked=mask is not None)
+    tensors = attention.band_tensors(chosen, tokens=tokens, window=window, like=_real_like(value))
     band = [_constant(graph, f"band_{window}_{i}", tensor) for i, tensor in enumerate(tensors)]
     settings = {"window": window, "scale": arg(anchor, "scale"), "kernel": chosen}
-    args = (*anchor.args[:3], mask, *band)
-    return graph.call_function(attention.window_attention, args, settings)
+    return (*anchor.args[:3], mask, *band), settings
 
 
 def _real_like(value: Tensor) -> Tensor:

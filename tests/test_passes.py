@@ -121,8 +121,8 @@ def test_the_rewritten_step_shows_its_nodes_and_computes_what_the_pieces_do() ->
     first = rewrite_step(canonical.gm, sites, schedule.row(0), settings)
     second = rewrite_step(canonical.gm, sites, schedule.row(1), settings)
     names = {node.name for node in second.graph.nodes}
-    assert {"window_attention", "add_residual", "cached_output", "cfg_half", "cfg_shared"} <= names
-    assert "residual" in {node.name for node in first.graph.nodes}
+    assert {"window_attention", "cached_output", "cfg_half", "cfg_shared"} <= names
+    assert "window_residual" in {node.name for node in first.graph.nodes}
     output, residual = first(*inputs)
     assert relative(output, expected_first) < 1e-5
     cached = _output_of(canonical, inputs, sites[1].output)
@@ -178,7 +178,7 @@ def test_a_view_that_mixes_the_batch_is_given_up_with_a_reason() -> None:
 def test_banded_attention_is_dense_attention_with_a_band(tokens: int, window: int, masked: bool) -> None:
     q, k, v = (torch.randn(2, 3, tokens, 8) for _ in range(3))
     mask = torch.rand(2, 1, 1, tokens) > 0.3 if masked else None
-    band = attention.band_tensors("sdpa", tokens=tokens, window=window, masked=masked, like=q)
+    band = attention.band_tensors("sdpa", tokens=tokens, window=window, like=q)
     got = attention.window_attention(q, k, v, mask, *band, window=window)
     index = torch.arange(tokens)
     keep = (index[:, None] - index).abs() <= window
@@ -192,7 +192,7 @@ def test_banded_attention_is_dense_attention_with_a_band(tokens: int, window: in
 def test_flex_block_lists_cover_the_band_exactly(tokens: int, window: int) -> None:
     if window >= tokens - 1:
         return
-    counts = attention.band_tensors("flex", tokens=tokens, window=window, masked=False, like=torch.empty(0))
+    counts = attention.band_tensors("flex", tokens=tokens, window=window, like=torch.empty(0))
     partial, partial_index, full, full_index = (t[0, 0].tolist() for t in counts)
     size = 64
     for block in range(len(partial)):
