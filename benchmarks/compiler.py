@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if options.child:
         _compile_once(options)
         return {}
-    result: dict[str, Any] = {"hardware": _hardware(), "settings": vars(options) | {"output": None}}
+    result: dict[str, Any] = {"hardware": hardware(), "settings": vars(options) | {"output": None}}
     with torch.no_grad():
         for part in options.parts:
             print(f"{part} ...", file=sys.stderr)
@@ -228,7 +228,7 @@ def _dispatch(options: argparse.Namespace) -> dict[str, Any]:
     times = []
     for _ in range(200):
         started = time.perf_counter()
-        runner._run(tuple(calls), [None] * len(runner._slots), session)
+        runner._run(tuple(calls), [], session)
         times.append((time.perf_counter() - started) / len(calls) * 1e6)
     return {"dispatch": {"microseconds_a_piece": statistics.median(times), "pieces": len(calls)}}
 
@@ -250,7 +250,8 @@ def _pair(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _hardware() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
+    """What the numbers were measured on."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from difa_fx.backend import difa as difa
+    from difa_fx.calibration import calibrate as calibrate
     from difa_fx.errors import DifaError as DifaError
     from difa_fx.inspection import inspect as inspect
     from difa_fx.pipelines import attach as attach
@@ -31,6 +32,7 @@ _WHERE = {
     "Method": "plan",
     "Plan": "plan",
     "attach": "pipelines",
+    "calibrate": "calibration",
     "detach": "pipelines",
     "difa": "backend",
     "inspect": "inspection",

@@ -1,15 +1,16 @@
-"""The command ``difa``: look at a denoiser, look at a plan, bring a plan from xDiT."""
+"""The command ``difa``: look at a denoiser, find a plan for it, look at a plan, bring a plan from xDiT."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from difa_fx.errors import DifaError, OptionError
+from difa_fx import calibrate_command
+from difa_fx.errors import DifaError
 from difa_fx.plan import Method, Plan
+from difa_fx.targets import is_function, made_by
 
 if TYPE_CHECKING:
     from difa_fx.inspection import GraphReport
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DifaError as error:
         print(f"difa: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    print(text)
+    if text:
+        print(text)
     return 0
 
 
@@ -51,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="a plan as a grid of steps and sites")
     show.add_argument("plan", help="a plan's JSON file")
+    show.add_argument("-o", "--output", help="draw it to this file: .png, .svg or .pdf")
     show.set_defaults(run=_show)
+
+    calibrate_command.add_parser(commands)
 
     xdit = commands.add_parser("import-xdit", help="make a plan from xDiT's JSON")
     xdit.add_argument("source", help="xDiT's file")
@@ -72,37 +77,13 @@ def _inspect(arguments: argparse.Namespace) -> str:
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Sequence[Any], dict[str, Any]]:
-    module, separator, name = arguments.target.partition(":")
-    if separator and module.replace(".", "").replace("_", "").isalnum():
-        return _call(module, name)
+    if is_function(arguments.target):
+        model, args, kwargs = made_by(arguments.target, (3,), "(model, args, kwargs)")
+        return model, args, kwargs
     from difa_fx.pipelines import example_inputs, load_denoiser
 
     model = load_denoiser(arguments.target, subfolder=arguments.subfolder, random_weights=arguments.random_weights)
     return model, (), example_inputs(model, batch=arguments.batch)
-
-
-def _call(module: str, name: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
-    sys.path.insert(0, "")
-    try:
-        function: Callable[[], Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise OptionError(
-            "the target cannot be loaded",
-            where=f"{module}:{name}",
-            got=str(error),
-            allowed="module:function, importable from here",
-            todo="name a function that returns (model, args, kwargs)",
-        ) from error
-    result = function()
-    if not (isinstance(result, tuple) and len(result) == 3):
-        raise OptionError(
-            "the target returned something else than a denoiser and its inputs",
-            where=f"{module}:{name}",
-            got=type(result).__name__,
-            allowed="a tuple (model, args, kwargs)",
-            todo="return the model, a sequence of positional and a dict of keyword inputs",
-        )
-    return result
 
 
 def format_report(graph: GraphReport) -> str:
@@ -131,7 +112,13 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _show(arguments: argparse.Namespace) -> str:
-    return format_plan(Plan.load(arguments.plan))
+    from difa_fx.findings import calibration_of, summary
+    from difa_fx.report import plot_plan
+
+    plan = Plan.load(arguments.plan)
+    if arguments.output:
+        return f"{plot_plan(plan, arguments.output)}: {plan}"
+    return format_plan(plan) + (f"\n\n{summary(plan)}" if calibration_of(plan) else "")
 
 
 def format_plan(plan: Plan) -> str:

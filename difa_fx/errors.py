@@ -79,6 +79,10 @@ class AttachError(DifaError):
     """A pipeline cannot be attached to, or is not attached."""
 
 
+class CalibrationError(DifaError):
+    """A calibration cannot start, go on or reach its target."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The ``count`` names of ``known`` that look most like ``name``, best first."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from difa_fx import registry
-from difa_fx.errors import AttachError, PlanError
+from difa_fx.errors import AttachError, OptionError, PlanError
 from difa_fx.options import parse_options
 from difa_fx.plan import Plan, as_plan
 
@@ -66,7 +66,7 @@ def attach(pipe: Any, plan: object = None, *, mode: str | None = None, **options
             got=type(pipe).__name__,
             todo="call difa_fx.detach(pipe) first",
         )
-    denoiser, scheduler = _parts(pipe)
+    denoiser, scheduler = parts_of(pipe)
     before = denoiser._compiled_call_impl
     checked: Plan | None = None
     if plan is not None:
@@ -111,7 +111,17 @@ def detach(pipe: Any) -> Any:
     return pipe
 
 
-def _parts(pipe: Any) -> tuple[nn.Module, Any]:
+def is_attached(pipe: Any) -> bool:
+    """Whether ``pipe`` is attached."""
+    return pipe in _attachments
+
+
+def parts_of(pipe: Any) -> tuple[nn.Module, Any]:
+    """A pipeline's denoiser and scheduler.
+
+    Raises:
+        AttachError: it has none.
+    """
     for name in _DENOISERS:
         denoiser = getattr(pipe, name, None)
         if isinstance(denoiser, nn.Module):
@@ -199,6 +209,43 @@ def load_denoiser(source: str, *, subfolder: str | None = None, random_weights: 
             todo="name the denoiser's own folder (or --subfolder transformer), or give module:function",
         ) from error
     return model.eval()  # type: ignore[no-any-return]
+
+
+def load_pipeline(source: str, *, dtype: str = "auto", device: str | None = None) -> Any:
+    """A diffusers pipeline from a folder or the hub.
+
+    Args:
+        source: folder or hub name.
+        dtype: ``float32``, ``float16``, ``bfloat16``, or ``auto`` for the weights' own.
+        device: where it goes; CUDA where there is one when None, the process's own under ``torchrun``.
+
+    Raises:
+        AttachError: there is no pipeline.
+        OptionError: the dtype is unknown.
+    """
+    import diffusers
+
+    if dtype not in ("auto", "float32", "float16", "bfloat16"):
+        raise OptionError(
+            "unknown dtype",
+            where="dtype",
+            got=dtype,
+            allowed=("auto", "float32", "float16", "bfloat16"),
+            todo="use one of the allowed values",
+        )
+    place = device or (f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+    settings = {} if dtype == "auto" else {"torch_dtype": getattr(torch, dtype)}
+    try:
+        pipe: Any = diffusers.DiffusionPipeline
+        return pipe.from_pretrained(source, **settings).to(place)
+    except (OSError, ValueError, KeyError) as error:
+        raise AttachError(
+            "no diffusers pipeline can be loaded",
+            where=source,
+            got=str(error).splitlines()[0],
+            allowed="a folder or hub name with a model_index.json",
+            todo="name a pipeline's folder, or give module:function",
+        ) from error
 
 
 def example_inputs(model: Any, *, batch: int = 2) -> dict[str, Any]:

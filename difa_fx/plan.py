@@ -29,6 +29,7 @@ from difa_fx.plan_rules import (
     check_reads,
     fault,
 )
+from difa_fx.plan_steps import derived, resampled
 
 __all__ = [
     "DEFAULT_WINDOW",
@@ -232,6 +233,20 @@ class Plan:
     def replace(self, **changes: Any) -> Plan:
         """The plan with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+    def for_steps(self, n: int, *, timesteps: Sequence[float] | None = None) -> Plan:
+        """A plan for ``n`` steps, each with the methods of the step at the same relative position.
+
+        Its own ``timesteps`` are kept if ``n`` is ``steps``.  See :mod:`difa_fx.plan_steps`.
+
+        Raises:
+            PlanError: ``n`` is not a count, or there is not one timestep for each step.
+        """
+        if (steps := rules.as_count(n, "n")) == self.steps:
+            return self if timesteps is None else self.replace(timesteps=timesteps)
+        rows = tuple(zip(*(resampled(self.column(site), steps) for site in self.sites), strict=True))
+        source = derived(self.provenance, self.steps, steps)
+        return self.replace(steps=steps, methods=rows, timesteps=timesteps, provenance=source)
 
     def at(self, step: int) -> dict[str, Method]:
         """The method of each site at ``step`` (from 0).

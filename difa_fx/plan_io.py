@@ -138,7 +138,12 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` to ``path`` so that the file holds all of it or what it held before.
+    """:func:`write_bytes`, for text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write ``content`` to ``path`` so that the file holds all of it or what it held before.
 
     Raises:
         PlanFileError: the file cannot be written; nothing is left behind.
@@ -150,7 +155,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(text.encode("utf-8"))
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(target)
@@ -158,7 +163,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
             draft.unlink(missing_ok=True)
     except OSError as error:
         raise PlanFileError(
-            f"the plan cannot be written: {error.strerror or error}",
+            f"the file cannot be written: {error.strerror or error}",
             where=os.fspath(path),
             allowed="a file in a folder that exists and can be written, on a disk with room",
             todo="the file is as it was before; choose another path or make room",

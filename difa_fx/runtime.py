@@ -1,72 +1,25 @@
-"""The runner: a denoiser's call as a loop over pieces, with state that the schedule keeps alive no longer than needed.
-
-Every value of a call has a slot: the graph's inputs first, then what the pieces yield.  A program lists, piece
-by piece, the slots it reads and fills, the state it takes and leaves, and the slots that are dead after it.  A site
-whose output is cached has no piece in a step's program: its slot is filled from the state.
-"""
+"""The runner: which step a call is, whose state it goes on with, and the program that runs then."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from difa_fx.attention import cfg_half, cfg_shared
 from difa_fx.clock import Clock
-from difa_fx.compile import Piece, PieceCompiler
+from difa_fx.compile import PieceCompiler
 from difa_fx.cost import SiteShape
 from difa_fx.errors import CFGError, ClockError, DifaError
-from difa_fx.passes.find_attention import Attention, AttentionSite
-from difa_fx.passes.graph_tools import output_values, placeholders
-from difa_fx.passes.partition import Partition, Segment
-from difa_fx.passes.rewrite import residual_axis
-from difa_fx.schedule import FULL, Schedule, SiteAction, SiteStep
-
-StateKey = tuple[str, str]
-"""Path of a site, and ``output`` or ``residual``."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Call:
-    """One segment in a program.
-
-    A state that holds the conditional half alone is used for both halves of the batch, and of one that holds
-    the whole batch a half step reads the conditional half.
-
-    Attributes:
-        run: the compiled piece; None when the segment's output is taken from the state.
-        inputs: slots it reads.
-        outputs: slots it fills.
-        dead: slots that nothing reads after it.
-        widen: axis along which its output, a half, is used for both halves.
-        residual: the residual it reads.
-        fit_residual: how the stored residual is fitted to the batch it computes, when that differs.
-        stored: the output it takes from the state instead of running.
-        keeps: the state its output becomes.
-        writes: the residual it leaves.
-        drops: state that nothing reads after it.
-    """
-
-    run: Piece | None
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    dead: tuple[int, ...]
-    widen: int | None = None
-    residual: StateKey | None = None
-    fit_residual: Callable[[Tensor], Tensor] | None = None
-    stored: StateKey | None = None
-    keeps: StateKey | None = None
-    writes: StateKey | None = None
-    drops: tuple[StateKey, ...] = ()
-
-
-Program = tuple[Call, ...]
+from difa_fx.passes.find_attention import Attention
+from difa_fx.passes.graph_tools import placeholders
+from difa_fx.passes.partition import Partition
+from difa_fx.program import Program, ProgramBuilder, State
+from difa_fx.schedule import FULL, Schedule, SiteStep
 
 
 @dataclass(slots=True)
@@ -74,7 +27,7 @@ class Session:
     """The state of one denoiser's generation; two denoisers that share a compiled graph have one each."""
 
     clock: Clock
-    state: dict[StateKey, Tensor] = field(default_factory=dict)
+    state: State = field(default_factory=dict)
     generation: int = -1
     peak_bytes: int = 0
 
@@ -138,9 +91,7 @@ class Runner:
         self._owner_position, self._clock_of = owner_position, clock_of
         self._sites = {site.path: site for site in attention.sites}
         self._shapes = {site.path: site.shape for site in attention.sites}
-        self._slots = _slots(graph, partition)
-        self._results = [_Slot(self._slots[v]) if isinstance(v, fx.Node) else v for v in output_values(graph)]
-        self._layout = _layout(partition, self._slots, self._results)
+        self._builder = ProgramBuilder(graph, partition, compiler)
         self._sessions: dict[int, tuple[weakref.ref[Any] | None, Session]] = {}
         self._rounding = _rounding(graph, attention.inputs.timestep)
         self._shares_cfg = any(e.action.method.shares_cfg for row in schedule.rows for e in row)
@@ -200,51 +151,8 @@ class Runner:
 
     def _compile_programs(self) -> tuple[Program, ...]:
         rows = [self.schedule.row(step) for step in range(self.schedule.steps)]
-        self._compiler.compile_all(v for row in rows for v in self._variants(row))
-        return tuple(self._program(row) for row in rows)
-
-    def _variants(self, row: Mapping[str, SiteStep]) -> Iterator[tuple[Segment, SiteAction | None]]:
-        """The segments that run at a step, and what their sites do."""
-        for segment in self.partition.segments:
-            action = None if segment.site is None else row[segment.site.path].action
-            if action is None or action.method.computes:
-                yield segment, action
-
-    def _program(self, row: Mapping[str, SiteStep]) -> Program:
-        return tuple(
-            self._call(segment, place, None if segment.site is None else row[segment.site.path])
-            for segment, place in zip(self.partition.segments, self._layout, strict=True)
-        )
-
-    def _call(self, segment: Segment, place: _Place, entry: SiteStep | None) -> Call:
-        slots = (place.inputs, place.outputs, place.dead)
-        if segment.site is None or entry is None:
-            return Call(self._compiler.piece(segment, None), *slots)
-        site, action = segment.site, entry.action
-        output, residual = (site.path, "output"), (site.path, "residual")
-        computes = action.method.computes
-        dropped = [(output, not computes and not entry.keeps_output)]
-        dropped += [(residual, action.method.windowed and not entry.keeps_residual)]
-        return Call(
-            self._compiler.piece(segment, action) if computes else None,
-            *slots,
-            widen=site.axes[site.output] if entry.output_half else None,
-            residual=residual if action.method.windowed else None,
-            fit_residual=self._fit(site, entry),
-            stored=None if computes else output,
-            keeps=output if computes and entry.keeps_output else None,
-            writes=residual if action.writes_residual else None,
-            drops=tuple(key for key, drops in dropped if drops),
-        )
-
-    def _fit(self, site: AttentionSite, entry: SiteStep) -> Callable[[Tensor], Tensor] | None:
-        wants_half = entry.action.method.shares_cfg
-        if not entry.action.method.windowed or entry.residual_half == wants_half:
-            return None
-        axis, second = residual_axis(site), self._compiler.settings.second
-        if wants_half:
-            return lambda stored: cfg_half(stored, axis=axis, second=second).contiguous()
-        return partial(cfg_shared, axis=axis)
+        self._builder.compile_rows(rows)
+        return tuple(self._builder.program(row) for row in rows)
 
     def _session(self, args: Sequence[Any]) -> Session:
         owner = args[self._owner_position] if self._owner_position is not None else None
@@ -297,83 +205,18 @@ class Runner:
             )
 
     def _run(self, program: Program, args: Sequence[Any], session: Session) -> tuple[Any, ...]:
-        slots: list[Any] = [*args, *([None] * (len(self._slots) - len(args)))]
-        state = session.state
-        for call in program:
-            if call.run is None:
-                assert call.stored is not None
-                results: Sequence[Any] = (state[call.stored],)
-            else:
-                values = [slots[i] for i in call.inputs]
-                if call.residual is not None:
-                    stored = state[call.residual]
-                    values.append(stored if call.fit_residual is None else call.fit_residual(stored))
-                results = call.run(values)
-            if call.keeps is not None:
-                state[call.keeps] = self._kept(results[0])
-            if call.writes is not None:
-                state[call.writes] = self._kept(results[-1])
-            if call.widen is not None:
-                results = (cfg_shared(results[0], axis=call.widen),)
-            for slot, value in zip(call.outputs, results, strict=False):
-                slots[slot] = value
-            del results
-            for key in call.drops:
-                del state[key]
-            for slot in call.dead:
-                slots[slot] = None
+        slots = self._builder.start(args)
+        self._builder.run(program, slots, session.state)
         session.peak_bytes = max(session.peak_bytes, session.state_bytes)
-        return self._collect(slots)
-
-    def _kept(self, value: Tensor) -> Tensor:
-        """``value`` as state: a CUDA graph's next replay overwrites its outputs, so of those a copy is kept."""
-        return value.clone() if value.is_cuda and self._compiler.patches.get("triton.cudagraphs") else value
-
-    def _collect(self, slots: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(slots[result.slot] if isinstance(result, _Slot) else result for result in self._results)
+        return self._builder.collect(slots)
 
     def _run_full(self, args: Sequence[Any], error: DifaError) -> tuple[Any, ...]:
         warnings.warn(f"difa_fx runs full attention: {error}", stacklevel=3)
         if self._full is None:
             row = {path: SiteStep(FULL) for path in self._sites}
-            self._compiler.compile_all(self._variants(row))
-            self._full = self._program(row)
+            self._builder.compile_rows([row])
+            self._full = self._builder.program(row)
         return self._run(self._full, args, Session(Clock(1)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """A result of the graph that is a value, not a constant."""
-
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """The slots of one segment."""
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    dead: tuple[int, ...]
-
-
-def _slots(graph: fx.Graph, partition: Partition) -> dict[fx.Node, int]:
-    """A slot for each input of the graph, in order, and for each value that crosses segments."""
-    nodes = [*placeholders(graph), *(n for s in partition.segments for n in s.outputs)]
-    return {node: slot for slot, node in enumerate(nodes)}
-
-
-def _layout(partition: Partition, slots: Mapping[fx.Node, int], results: Sequence[Any]) -> tuple[_Place, ...]:
-    last = {node: i for i, segment in enumerate(partition.segments) for node in segment.inputs}
-    kept = {result.slot for result in results if isinstance(result, _Slot)}
-    return tuple(
-        _Place(
-            tuple(slots[node] for node in segment.inputs),
-            tuple(slots[node] for node in segment.outputs),
-            tuple(slots[n] for n in segment.inputs if last[n] == i and slots[n] not in kept),
-        )
-        for i, segment in enumerate(partition.segments)
-    )
 
 
 def _rounding(graph: fx.Graph, timestep: int | None) -> float:

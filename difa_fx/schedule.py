@@ -8,7 +8,7 @@ their last reader.  This module imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from difa_fx.cost import SiteShape
 from difa_fx.plan import Method, Plan
@@ -93,12 +93,12 @@ def make_schedule(plan: Plan, sites: Sequence[str]) -> Schedule:
     for site in sites:
         full = (Method.FULL,) * plan.steps
         methods = tuple(row[known[site]] for row in plan.methods) if site in known else full
-        columns.append(_column(methods))
+        columns.append(column_steps(methods))
     rows = tuple(zip(*columns, strict=True)) if columns else ((),) * plan.steps
     return Schedule(tuple(sites), rows)
 
 
-def _column(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
+def column_steps(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
     """One site's steps.  The plan was checked: nothing is read that was not written."""
     entries: list[SiteStep] = []
     output_half = residual_half = False
@@ -118,6 +118,13 @@ def _column(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
             )
         )
     return tuple(entries)
+
+
+def open_step(methods: Sequence[Method]) -> SiteStep:
+    """The last step of a site's ``methods`` so far, when any method may come next: all that it makes is kept."""
+    last = column_steps(methods)[-1]
+    action = SiteAction(last.action.method, writes_residual=last.action.method.refreshes)
+    return replace(last, action=action, keeps_output=True, keeps_residual=True)
 
 
 def _cached_follows(methods: Sequence[Method], step: int) -> bool:

@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import (
@@ -115,6 +116,32 @@ def fit_classifier() -> Classifier:
     return Classifier(svc, float(svc.score(held_x, held_y)))
 
 
+def frechet_distance(images_B1HW: Tensor, reference_B1HW: Tensor) -> float:
+    """Return the Frechet distance of two sets of images, in the classifier's 64 features.
+
+    It is FID's formula: of the Gaussians fitted to both sets, the squared distance of the means plus
+    ``tr(S + R - 2 (S R)^(1/2))`` of the covariances. Like FID it grows when images are few, so only
+    sets of one size can be compared.
+    """
+    images, reference = _gaussian(images_B1HW), _gaussian(reference_B1HW)
+    # With S = P^T P and R = Q^T Q, the roots of the eigenvalues of S R are the singular values of P Q^T.
+    shared = np.linalg.svd(images.root @ reference.root.T, compute_uv=False).sum()
+    spread = (images.root**2).sum() + (reference.root**2).sum() - 2 * shared
+    return float(((images.mean - reference.mean) ** 2).sum() + max(spread, 0.0))
+
+
+def distances(images_B1HW: Tensor, reference_B1HW: Tensor) -> dict[str, float]:
+    """Return relative L1, PSNR in dB and SSIM of images to those that they should equal."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    images, reference = (images_B1HW + 1) / 2, (reference_B1HW + 1) / 2
+    return {
+        "relative_l1": float((images - reference).abs().mean() / reference.abs().mean()),
+        "psnr": float(peak_signal_noise_ratio(images, reference, data_range=1.0)),
+        "ssim": float(structural_similarity_index_measure(images, reference, data_range=1.0)),
+    }
+
+
 def load_pipeline(
     dtype: torch.dtype = torch.float32,
     *,
@@ -169,6 +196,22 @@ def _parts(count: int, size: int | None) -> Iterator[slice]:
     """Cut ``range(count)`` into slices of at most ``size``."""
     size = size or max(count, 1)
     return (slice(start, start + size) for start in range(0, count, size))
+
+
+class _Gaussian(NamedTuple):
+    """A mean, and a root of the covariance: ``root.T @ root`` is the covariance."""
+
+    mean: Any
+    root: Any
+
+
+def _gaussian(images_B1HW: Tensor) -> _Gaussian:
+    """Fit a Gaussian to the features of images; QR gives the root without squaring rounding errors."""
+    features = _features(images_B1HW)
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 images; there are {len(features)}")
+    mean = features.mean(axis=0)
+    return _Gaussian(mean, np.linalg.qr(features - mean, mode="r") / np.sqrt(len(features) - 1))
 
 
 def _features(images_B1HW: Tensor) -> Any:

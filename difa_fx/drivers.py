@@ -1,0 +1,95 @@
+"""Drivers that decide nothing: a generation in full, under decided rows, under a plan, or with one step disturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from difa_fx.greedy import finite, replay
+from difa_fx.losses import Loss
+from difa_fx.plan import Method, Plan
+from difa_fx.profile import timed
+from difa_fx.program import State
+from difa_fx.runtime import Runner
+from difa_fx.search import Driver, SearchGraph, main_output
+from difa_fx.workers import Workers
+
+
+@dataclass(slots=True)
+class Watched:
+    """Another driver, with the latents of each step kept on CPU and the seconds of each call."""
+
+    driver: Driver
+    latents: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def step(self, graph: SearchGraph, step: int, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Keep the latents and hand on."""
+        position = graph.attention.inputs.latents
+        if position is not None:
+            self.latents.append(args[position].detach().to("cpu", torch.float32, copy=True))
+        outputs: list[tuple[Any, ...]] = []
+        self.seconds.append(timed(lambda: outputs.append(self.driver.step(graph, step, args)), graph.cuda))
+        return outputs[0]
+
+
+@dataclass(slots=True)
+class Full:
+    """Full attention everywhere, and nothing kept."""
+
+    def step(self, graph: SearchGraph, step: int, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The whole call in full."""
+        return graph.complete(graph.start(args, {}))
+
+
+@dataclass(slots=True)
+class Planned:
+    """A plan, run as it will be used."""
+
+    plan: Plan
+    _runner: Runner | None = None
+
+    def step(self, graph: SearchGraph, step: int, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The call under the plan."""
+        if self._runner is None:
+            self._runner = graph.runner(self.plan)
+        return self._runner(*args)
+
+
+@dataclass(slots=True)
+class Disturbed:
+    """Full attention but at one step, where every site uses its output of the step before.
+
+    Attributes:
+        at: the step, from 1.
+        found: the loss of that step's output.
+    """
+
+    at: int
+    loss: Loss
+    workers: Workers
+    found: float = 0.0
+    _state: State = field(default_factory=dict)
+
+    def step(self, graph: SearchGraph, step: int, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Full attention, or every output cached."""
+        frontier = graph.start(args, self._state)
+        if step not in (self.at - 1, self.at):
+            return graph.complete(frontier)
+        rows = [[Method.FULL] * len(graph.sites)]
+        reference = graph.complete(frontier)
+        if step == self.at:
+            rows.append([Method.CACHED] * len(graph.sites))
+        frontier = replay(graph, frontier, rows)
+        if step < self.at:
+            self._state = frontier.state
+            return graph.outputs(frontier)
+        self._state = {}
+        outputs = graph.outputs(frontier)
+        loss = self.workers.mean(self.loss(main_output(reference), main_output(outputs)))
+        self.found = finite(loss, f"step {step}, every site cached")
+        return outputs

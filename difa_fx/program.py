@@ -1,0 +1,204 @@
+"""Programs: a denoiser's call as a list of pieces, with the values and the state that each reads and leaves.
+
+Every value of a call has a slot: the graph's inputs first, then what the pieces yield.  A program lists, piece
+by piece, the slots it reads and fills, the state it takes and leaves, and the slots that are dead after it.  A site
+whose output is cached has no piece in a step's program: its slot is filled from the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, fx
+
+from difa_fx.attention import cfg_half, cfg_shared
+from difa_fx.compile import Piece, PieceCompiler
+from difa_fx.passes.find_attention import AttentionSite
+from difa_fx.passes.graph_tools import output_values, placeholders
+from difa_fx.passes.partition import Partition, Segment
+from difa_fx.passes.rewrite import residual_axis
+from difa_fx.schedule import SiteAction, SiteStep
+
+StateKey = tuple[str, str]
+"""Path of a site, and ``output`` or ``residual``."""
+
+State = dict[StateKey, Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One segment in a program.
+
+    A state that holds the conditional half alone is used for both halves of the batch, and of one that holds
+    the whole batch a half step reads the conditional half.
+
+    Attributes:
+        run: the compiled piece; None when the segment's output is taken from the state.
+        inputs: slots it reads.
+        outputs: slots it fills.
+        dead: slots that nothing reads after it.
+        widen: axis along which its output, a half, is used for both halves.
+        residual: the residual it reads.
+        fit_residual: how the stored residual is fitted to the batch it computes, when that differs.
+        stored: the output it takes from the state instead of running.
+        keeps: the state its output becomes.
+        writes: the residual it leaves.
+        drops: state that nothing reads after it.
+    """
+
+    run: Piece | None
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dead: tuple[int, ...]
+    widen: int | None = None
+    residual: StateKey | None = None
+    fit_residual: Callable[[Tensor], Tensor] | None = None
+    stored: StateKey | None = None
+    keeps: StateKey | None = None
+    writes: StateKey | None = None
+    drops: tuple[StateKey, ...] = ()
+
+
+Program = tuple[Call, ...]
+
+
+class ProgramBuilder:
+    """Makes and runs the programs of one partitioned graph.
+
+    Attributes:
+        partition: the segments.
+        compiler: where the pieces come from.
+    """
+
+    def __init__(self, graph: fx.Graph, partition: Partition, compiler: PieceCompiler) -> None:
+        self.partition, self.compiler = partition, compiler
+        slots = _slots(graph, partition)
+        self._size = len(slots)
+        self._results = [_Slot(slots[v]) if isinstance(v, fx.Node) else v for v in output_values(graph)]
+        self._layout = _layout(partition, slots, self._results)
+
+    def compile_rows(self, rows: Iterable[Mapping[str, SiteStep]]) -> None:
+        """Compile what the steps of ``rows`` (site to what it does) need and is not there yet."""
+        self.compiler.compile_all(variant for row in rows for variant in self._variants(row))
+
+    def program(self, row: Mapping[str, SiteStep]) -> Program:
+        """The program of one step, whose pieces :meth:`compile_rows` has made."""
+        return tuple(
+            self.call(index, None if segment.site is None else row[segment.site.path])
+            for index, segment in enumerate(self.partition.segments)
+        )
+
+    def call(self, index: int, entry: SiteStep | None) -> Call:
+        """Segment number ``index`` as a call; ``entry`` says what its site does, None for a trunk."""
+        segment, place = self.partition.segments[index], self._layout[index]
+        slots = (place.inputs, place.outputs, place.dead)
+        if segment.site is None or entry is None:
+            return Call(self.compiler.piece(segment, None), *slots)
+        site, action = segment.site, entry.action
+        output, residual = (site.path, "output"), (site.path, "residual")
+        computes = action.method.computes
+        dropped = [(output, not computes and not entry.keeps_output)]
+        dropped += [(residual, action.method.windowed and not entry.keeps_residual)]
+        return Call(
+            self.compiler.piece(segment, action) if computes else None,
+            *slots,
+            widen=site.axes[site.output] if entry.output_half else None,
+            residual=residual if action.method.windowed else None,
+            fit_residual=self._fit(site, entry),
+            stored=None if computes else output,
+            keeps=output if computes and entry.keeps_output else None,
+            writes=residual if action.writes_residual else None,
+            drops=tuple(key for key, drops in dropped if drops),
+        )
+
+    def start(self, args: Sequence[Any]) -> list[Any]:
+        """The slots at the beginning of a call with the graph's inputs."""
+        return [*args, *([None] * (self._size - len(args)))]
+
+    def run(self, calls: Iterable[Call], slots: list[Any], state: State) -> None:
+        """Run ``calls`` in order; ``slots`` and ``state`` are changed."""
+        for call in calls:
+            if call.run is None:
+                assert call.stored is not None
+                results: Sequence[Any] = (state[call.stored],)
+            else:
+                values = [slots[i] for i in call.inputs]
+                if call.residual is not None:
+                    stored = state[call.residual]
+                    values.append(stored if call.fit_residual is None else call.fit_residual(stored))
+                results = call.run(values)
+            if call.keeps is not None:
+                state[call.keeps] = self._kept(results[0])
+            if call.writes is not None:
+                state[call.writes] = self._kept(results[-1])
+            if call.widen is not None:
+                results = (cfg_shared(results[0], axis=call.widen),)
+            for slot, value in zip(call.outputs, results, strict=False):
+                slots[slot] = value
+            del results
+            for key in call.drops:
+                del state[key]
+            for slot in call.dead:
+                slots[slot] = None
+
+    def collect(self, slots: Sequence[Any]) -> tuple[Any, ...]:
+        """The graph's outputs, after its last segment ran."""
+        return tuple(slots[result.slot] if isinstance(result, _Slot) else result for result in self._results)
+
+    def _variants(self, row: Mapping[str, SiteStep]) -> Iterator[tuple[Segment, SiteAction | None]]:
+        """The segments that run at a step, and what their sites do."""
+        for segment in self.partition.segments:
+            action = None if segment.site is None else row[segment.site.path].action
+            if action is None or action.method.computes:
+                yield segment, action
+
+    def _fit(self, site: AttentionSite, entry: SiteStep) -> Callable[[Tensor], Tensor] | None:
+        wants_half = entry.action.method.shares_cfg
+        if not entry.action.method.windowed or entry.residual_half == wants_half:
+            return None
+        axis, second = residual_axis(site), self.compiler.settings.second
+        if wants_half:
+            return lambda stored: cfg_half(stored, axis=axis, second=second).contiguous()
+        return partial(cfg_shared, axis=axis)
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """``value`` as state: a CUDA graph's next replay overwrites its outputs, so of those a copy is kept."""
+        return value.clone() if value.is_cuda and self.compiler.patches.get("triton.cudagraphs") else value
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A result of the graph that is a value, not a constant."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The slots of one segment."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dead: tuple[int, ...]
+
+
+def _slots(graph: fx.Graph, partition: Partition) -> dict[fx.Node, int]:
+    """A slot for each input of the graph, in order, and for each value that crosses segments."""
+    nodes = [*placeholders(graph), *(n for s in partition.segments for n in s.outputs)]
+    return {node: slot for slot, node in enumerate(nodes)}
+
+
+def _layout(partition: Partition, slots: Mapping[fx.Node, int], results: Sequence[Any]) -> tuple[_Place, ...]:
+    last = {node: i for i, segment in enumerate(partition.segments) for node in segment.inputs}
+    kept = {result.slot for result in results if isinstance(result, _Slot)}
+    return tuple(
+        _Place(
+            tuple(slots[node] for node in segment.inputs),
+            tuple(slots[node] for node in segment.outputs),
+            tuple(slots[n] for n in segment.inputs if last[n] == i and slots[n] not in kept),
+        )
+        for i, segment in enumerate(partition.segments)
+    )
