@@ -17,9 +17,9 @@ import argparse
 import gc
 import json
 import math
+import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -147,6 +147,7 @@ def _open(options: argparse.Namespace) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in SETTINGS}
     made = {"version": difa_fx.__version__, "hardware": hardware(), "settings": settings}
     if options.fresh or not path.exists():
+        shutil.rmtree(_searches(options), ignore_errors=True)
         options.output.mkdir(parents=True, exist_ok=True)
         return made | {"real_scans_frechet": _sampling_error(options), "searches": {}, "rows": []}
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -172,6 +173,12 @@ def _write(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.tmp")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
+
+
+def _searches(options: argparse.Namespace) -> Path:
+    """Where calibrations keep what they found."""
+    folder: Path = options.output / ".searches"
+    return folder
 
 
 def _plan_path(job: Job, options: argparse.Namespace) -> Path:
@@ -204,9 +211,9 @@ def _plan(job: Job, record: dict[str, Any], options: argparse.Namespace, calibra
 
 
 def _search(job: Job, options: argparse.Namespace, calibrate: Calibrate) -> Plan:
-    """A calibration from nothing: what earlier ones found and compiled is not used."""
+    """A calibration; budgets share one profile, and a search that was killed goes on."""
     goal: dict[str, Any] = {"threshold" if job.series == "threshold" else "target_speedup": job.setting}
-    with fresh_cache(), tempfile.TemporaryDirectory() as cache:
+    with fresh_cache():
         return calibrate(
             digits.load_pipeline(),
             _labels(options.samples),
@@ -216,7 +223,7 @@ def _search(job: Job, options: argparse.Namespace, calibrate: Calibrate) -> Plan
             cfg="cond_first",
             compiler=options.compiler,
             progress=True,
-            cache_dir=cache,
+            cache_dir=_searches(options),
             pipeline_kwargs={"guidance_scale": digits.GUIDANCE_SCALE, "output_type": "pt"},
             **goal,
         )

@@ -29,7 +29,7 @@ class Row:
         largest_speed_up: of the pairs.
         pairs: how many.
         compile_seconds: the first batch less a later one, with empty caches.
-        search_seconds: of calibration from nothing, with its compilation and its own measurements.
+        search_seconds: of calibration, with its compilation and its own measurements; budgets share one profile.
         flops_kept: fraction of the attention's operations, attention alone.
         flops_kept_with_projections: the same with the projections counted.
         state_bytes: most state held after a step.

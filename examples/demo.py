@@ -19,19 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits import FOLDER, fit_classifier, generate, load_pipeline
+from digits import FOLDER, GUIDANCE_SCALE, STEPS, distances, fit_classifier, generate, load_pipeline
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 import difa_fx
 from difa_fx.cost import kept
+from difa_fx.findings import summary
 from difa_fx.plan import Plan
+from difa_fx.report import plot_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Generate, measure, show."""
     options = _options(argv)
     console = Console()
-    plan = Plan.load(options.plan)
+    plan = _calibrated(options, console) if options.calibrate else Plan.load(options.plan)
     labels = [i % 10 for i in range(options.images)]
     console.print(f"[bold]{len(labels)} digits[/], {plan.steps} steps with guidance, 1 024 tokens; {plan}")
 
@@ -82,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name: Run(seconds[name], first[name] - seconds[name], classifier.accuracy(images[name], labels))
         for name in pipes
     }
-    measured = _distances(images["plain"], images["plan"]) | {
+    measured = distances(images["plan"], images["plain"]) | {
         "flops_kept": kept(plan, stats.shapes, projections=False),
         "flops_kept_with_projections": kept(plan, stats.shapes, projections=True),
         "state_bytes": stats.peak_state_bytes,
@@ -99,9 +97,35 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=2, help="timed generations of each kind (default 2)")
     parser.add_argument("--plan", type=Path, default=FOLDER / "plan.json")
+    parser.add_argument(
+        "--calibrate",
+        type=float,
+        metavar="SPEEDUP",
+        help="do not use --plan but find one first that is so many times faster, on two digits (some minutes)",
+    )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results (default demo)")
     parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))
     return parser.parse_args(argv)
+
+
+def _calibrated(options: argparse.Namespace, console: Console) -> Plan:
+    """A plan found here and now, kept with its figure in the folder of the results."""
+    plan = difa_fx.calibrate(
+        load_pipeline(),
+        [2, 5],
+        num_inference_steps=STEPS,
+        target_speedup=options.calibrate,
+        window=128,
+        seed=options.seed + 1,
+        guidance_scale=GUIDANCE_SCALE,
+        pipeline_kwargs={"output_type": "np"},
+        compiler=options.compiler,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    plan.save(options.out / "plan.json")
+    console.print(summary(plan))
+    console.print(f"plan: {options.out / 'plan.json'}   figure: {plot_plan(plan, options.out / 'plan.png')}")
+    return plan
 
 
 def _generate(
@@ -149,16 +173,6 @@ class _shown:  # noqa: N801  (a context manager that reads as a word)
 
     def __exit__(self, *_: object) -> None:
         del self.scheduler.step
-
-
-def _distances(reference_B1HW: Tensor, images_B1HW: Tensor) -> dict[str, float]:
-    """How far compressed images are from uncompressed ones; both in [-1, 1]."""
-    reference, images = (reference_B1HW + 1) / 2, (images_B1HW + 1) / 2
-    return {
-        "relative_l1": float((images - reference).abs().mean() / reference.abs().mean()),
-        "psnr": float(peak_signal_noise_ratio(images, reference, data_range=1.0)),
-        "ssim": float(structural_similarity_index_measure(images, reference, data_range=1.0)),
-    }
 
 
 def _table(runs: dict[str, Run]) -> Table:

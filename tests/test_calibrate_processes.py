@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 def command(output: Path, cache: Path, *, processes: int = 1) -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    settings = f"--steps {STEPS} --threshold 0.2 --window 8 --compiler eager --verify 0 --cache-dir {cache}"
+    settings = f"--steps {STEPS} --threshold 0.1 --window 8 --compiler eager --verify 0 --cache-dir {cache}"
     return [
         sys.executable,
         *launch,
@@ -104,7 +104,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("goal", ["threshold=0.2", "target_speedup=1.01"])
+@pytest.mark.parametrize("goal", ["target_speedup=1.01"])
 def test_all_processes_have_the_same_plan(goal: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(EACH_RANK.format(goal=goal))
