@@ -6,7 +6,6 @@ None.  This module imports no torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -168,7 +167,8 @@ def _about_stuck(plan: Plan, calibration: Calibration) -> list[str]:
 
 
 def _number(value: object) -> float | None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared and not asked for, because float() of a huge whole number raises, and so does isfinite().
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e300
     return float(value) if good else None  # type: ignore[arg-type]
 
 

@@ -148,9 +148,9 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     Raises:
         PlanFileError: the file cannot be written; nothing is left behind.
     """
-    target = Path(os.path.realpath(path))  # a link stays a link
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        target = Path(os.path.realpath(path))  # a link stays a link
+        draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         # Opened by hand and not by tempfile: the mode then follows the umask, as for any new file.
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -161,9 +161,9 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
             draft.replace(target)
         finally:
             draft.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         raise PlanFileError(
-            f"the file cannot be written: {error.strerror or error}",
+            f"the file cannot be written: {getattr(error, 'strerror', None) or error}",
             where=os.fspath(path),
             allowed="a file in a folder that exists and can be written, on a disk with room",
             todo="the file is as it was before; choose another path or make room",
