@@ -75,6 +75,10 @@ def fake_inputs(inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
     return [mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value for value in inputs]
 
 
+def _mode_of(values: Sequence[Any]) -> FakeTensorMode:
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
 def export_aten(gm: torch.fx.GraphModule, fakes: Sequence[Any]) -> tuple[torch.fx.GraphModule, list[str]]:
     """Functional pre-dispatch ATen graph of ``gm``, and the inputs that it writes to.
 
@@ -82,7 +86,7 @@ def export_aten(gm: torch.fx.GraphModule, fakes: Sequence[Any]) -> tuple[torch.f
     enough for most denoisers; one that writes in place is functionalised by ``aot_export_module``, which traces
     twice.  Placeholders are ``gm``'s, after any parameter or buffer that ``gm`` itself owns.
     """
-    mode = next(value.fake_mode for value in fakes if isinstance(value, FakeTensor))
+    mode = _mode_of(fakes)
     with torch.no_grad(), torch.fx.traceback.preserve_node_meta(), mode:
         traced = make_fx(torch.fx.Interpreter(gm).run, pre_dispatch=True)(*fakes)
         if not any(_writes(node) for node in traced.graph.nodes):
@@ -100,14 +104,14 @@ def _writes(node: torch.fx.Node) -> bool:
 
 def trace_aten(gm: torch.fx.GraphModule, fakes: Sequence[Any]) -> torch.fx.GraphModule:
     """``gm`` with the Python functions in it inlined to pre-dispatch ATen.  Wraps ``make_fx``."""
-    mode = next(value.fake_mode for value in fakes if isinstance(value, FakeTensor))
+    mode = _mode_of(fakes)
     with torch.no_grad(), mode:
         return make_fx(gm, pre_dispatch=True)(*fakes)
 
 
 def propagate(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, ...]:
     """What ``gm`` yields for fake ``inputs``, as fakes; wraps ``FakeTensorProp``."""
-    mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+    mode = _mode_of(inputs)
     with torch.no_grad():
         return tuple(FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs))
 
@@ -129,7 +133,7 @@ def lower_inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Map
     operators.  Constants of ``gm`` become inputs, bound to the result, so that Inductor's cache on disk can hold it.
     Wraps ``compile_fx_forward``.
     """
-    mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
+    mode = _mode_of(inputs)
     with inductor_config.patch(dict(patches)), torch.no_grad(), tracing(TracingContext(mode)), V.set_fake_mode(mode):
         traced = _decomposed(gm, inputs, mode)
         constants = _lift_constants(traced, mode)

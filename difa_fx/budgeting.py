@@ -137,11 +137,10 @@ def _profile(job: Job, record: Record, steps: int, loss: Loss) -> Profiler:
             record.keep(losses=found)
             bar.update()
 
-        profiler = Profiler(loss=loss, workers=job.workers, finished=finished, losses=losses)
+        known = dict(record.found.get("seconds", {}))
+        profiler = Profiler(loss=loss, workers=job.workers, finished=finished, losses=losses, seconds=known)
         job.generate(profiler, "profile")
-    if "seconds" in record.found:
-        profiler.seconds = record.found["seconds"]
-    elif steps > 1:
+    if "seconds" not in record.found:
         record.keep(seconds=profiler.seconds)
     return profiler
 
@@ -152,7 +151,7 @@ def _full_seconds(job: Job, record: Record, steps: int) -> dict[str, Any]:
     assert graph is not None
     plan = job.make_plan([[Method.FULL] * len(graph.sites)] * steps)
     spent = []
-    for _ in range(2):
+    for _ in range(1 if "full_seconds" in record.found else 2):
         result = job.generate(Planned(plan), "full attention")
         spent.append(job.workers.same(job.generation.seconds))
     if "full_seconds" not in record.found:

@@ -1,4 +1,4 @@
-"""Drivers that decide nothing: a generation in full, under decided rows, under a plan, or with one step disturbed."""
+"""Drivers that decide nothing: a generation under a plan, or in full with one step disturbed."""
 
 from __future__ import annotations
 
@@ -38,15 +38,6 @@ class Watched:
 
 
 @dataclass(slots=True)
-class Full:
-    """Full attention everywhere, and nothing kept."""
-
-    def step(self, graph: SearchGraph, step: int, args: Sequence[Any]) -> tuple[Any, ...]:
-        """The whole call in full."""
-        return graph.complete(graph.start(args, {}))
-
-
-@dataclass(slots=True)
 class Planned:
     """A plan, run as it will be used."""
 
@@ -80,16 +71,14 @@ class Disturbed:
         frontier = graph.start(args, self._state)
         if step not in (self.at - 1, self.at):
             return graph.complete(frontier)
-        rows = [[Method.FULL] * len(graph.sites)]
-        reference = graph.complete(frontier)
-        if step == self.at:
-            rows.append([Method.CACHED] * len(graph.sites))
-        frontier = replay(graph, frontier, rows)
+        full = [Method.FULL] * len(graph.sites)
         if step < self.at:
+            frontier = replay(graph, frontier, [full])
             self._state = frontier.state
             return graph.outputs(frontier)
+        reference = main_output(graph.complete(frontier))
+        outputs = graph.outputs(replay(graph, frontier, [full, [Method.CACHED] * len(graph.sites)]))
         self._state = {}
-        outputs = graph.outputs(frontier)
-        loss = self.workers.mean(self.loss(main_output(reference), main_output(outputs)))
+        loss = self.workers.mean(self.loss(reference, main_output(outputs)))
         self.found = finite(loss, f"step {step}, every site cached")
         return outputs

@@ -58,7 +58,7 @@ class Greedy:
         """Choose what every site does at ``step``, and give the denoiser's outputs under it."""
         frontier = graph.start(args, self._state)
         if step < len(self.rows):
-            frontier = replay(graph, frontier, [row[: len(graph.sites)] for row in self.rows[: step + 1]])
+            frontier = replay(graph, frontier, self.rows[: step + 1])
         else:
             frontier, row, losses = self._search(graph, step, frontier)
             self.rows.append(row)

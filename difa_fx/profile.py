@@ -47,7 +47,7 @@ class Profiler:
         workers: who shares the samples.
         finished: called after each step with the losses so far.
         losses: method, by step and site, of trials against full attention; steps that are there already are not tried.
-        seconds: site to action to seconds, measured at the second step.
+        seconds: site to action to seconds, measured at the second step where they are not there already.
     """
 
     loss: Loss
@@ -73,7 +73,7 @@ class Profiler:
                 value = self.loss(reference, main_output(graph.complete(trial)))
                 tried[method.value] = finite(self.workers.mean(value), f"step {step}, {site.path}, {method}")
             losses.append(tried)
-            if step == 1:
+            if step == 1 and site.path not in self.seconds:
                 self._time(graph, frontier, number, timed)
             frontier = graph.advance(frontier, [Method.FULL] * (step + 1))
             for kind in ("output", "residual"):
