@@ -42,6 +42,7 @@ __all__ = [
     "FakeTensorMode",
     "WeakIdKeyDictionary",
     "apart_from_dynamo",
+    "breaks_graph",
     "compile_inductor",
     "deferred_kernels",
     "export_aten",
@@ -88,13 +89,24 @@ def export_aten(gm: torch.fx.GraphModule, fakes: Sequence[Any]) -> tuple[torch.f
     """
     mode = _mode_of(fakes)
     with torch.no_grad(), torch.fx.traceback.preserve_node_meta(), mode:
-        traced = make_fx(torch.fx.Interpreter(gm).run, pre_dispatch=True)(*fakes)
+        run = torch.fx.Interpreter(gm).run
+        traced = make_fx(run, pre_dispatch=True, decomposition_table=_SPELLED_OUT)(*fakes)
         if not any(_writes(node) for node in traced.graph.nodes):
             return traced, []
-        exported, signature = aot_export_module(gm, list(fakes), trace_joint=False, pre_dispatch=True)
+        exported, signature = aot_export_module(
+            gm, list(fakes), trace_joint=False, pre_dispatch=True, decompositions=_SPELLED_OUT
+        )
     assert isinstance(exported, torch.fx.GraphModule)
     written = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     return exported, written
+
+
+def _einsum(equation: str, operands: Sequence[Tensor], *, path: Any = None) -> Any:
+    return torch.ops.aten.einsum.default.decompose(equation, operands, path=path)
+
+
+_SPELLED_OUT = {torch.ops.aten.einsum.default: _einsum}
+"""Operations that hide what they do in a string; eager runs just what they are spelled out to."""
 
 
 def _writes(node: torch.fx.Node) -> bool:
@@ -236,6 +248,14 @@ def input_sources(gm: torch.fx.GraphModule) -> list[str]:
         name = name() if callable(name) else name
         names.append(name if isinstance(name, str) else node.name)
     return names
+
+
+def breaks_graph(gm: torch.fx.GraphModule) -> bool:
+    """Whether Dynamo had to end this graph before the end of what it compiles, so that more graphs follow.
+
+    Reads ``compile_subgraph_reason``, which Dynamo sets on every graph that it hands to a backend.
+    """
+    return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
 
 
 def is_static_input(value: object) -> bool:

@@ -12,11 +12,11 @@ from typing import Final, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from difa_fx._torch import flex_band
-from difa_fx.banded import band, band_attention, band_residual
+from difa_fx.banded import band_attention, band_residual, tile_bias
+from difa_fx.block_masks import block_lists, block_mask
 from difa_fx.errors import OptionError
 
 WindowKernel = Literal["flex", "flash", "sdpa"]
@@ -28,20 +28,25 @@ def window_attention(
     k_BHND: Tensor,
     v_BHND: Tensor,
     mask: Tensor | None,
-    *band: Tensor,
-    window: int,
+    *constants: Tensor,
+    grid: tuple[int, ...],
+    size: tuple[int, ...],
+    text: tuple[int, int] = (0, 0),
     residual_BNHD: Tensor | None = None,
     scale: float | None = None,
     kernel: WindowKernel = "sdpa",
 ) -> Tensor:
-    """Attention of each token to the tokens at most ``window`` away, plus the stored residual.
+    """Attention of each token to the tokens in the window around it, plus the stored residual.
 
-    DiTFastAttn, section 3.2: WA, and with a residual WA-RS.
+    DiTFastAttn, section 3.2: WA, and with a residual WA-RS.  With text the *arrow* of its version 2 (arXiv
+    2503.22796): image tokens see all text and the window, text tokens see everything.
 
     Args:
         mask: the model's own mask, bool or additive, that broadcasts to [B, H, N, N]; ``sdpa`` only.
-        band: what :func:`band_tensors` made for this kernel, number of tokens and window.
-        window: tokens to either side, over the flattened sequence.
+        constants: what :func:`window_tensors` made for this kernel and window.
+        grid: the image tokens as they are flattened: (N,), rows and columns, or frames, rows and columns.
+        size: how far the window reaches along each axis of the grid, to either side.
+        text: how many text tokens stand before and after the grid.
         residual_BNHD: what :func:`window_residual` gave at a full step.
         scale: of the scores; 1 / sqrt(D) when None.
         kernel: which implementation; :func:`choose_kernel` picks one.
@@ -49,10 +54,11 @@ def window_attention(
     Returns:
         [B, H, N, D], in the layout scaled_dot_product_attention gives.
     """
-    if kernel == "sdpa" and band:
-        out_BNHD = band_attention(q_BHND, k_BHND, v_BHND, mask, residual_BNHD, band[0], window, scale)
+    if kernel == "sdpa" and constants:
+        settings = (list(grid), list(size), list(text), scale)
+        out_BNHD = band_attention(q_BHND, k_BHND, v_BHND, mask, residual_BNHD, constants[0], *settings)
         return cast(Tensor, out_BNHD.transpose(1, 2))
-    out_BHND = _window(q_BHND, k_BHND, v_BHND, mask, band, window, scale, kernel)
+    out_BHND = _window(q_BHND, k_BHND, v_BHND, mask, constants, grid, size, text, scale, kernel)
     return out_BHND if residual_BNHD is None else out_BHND + residual_BNHD.transpose(1, 2)
 
 
@@ -62,16 +68,19 @@ def window_residual(
     k_BHND: Tensor,
     v_BHND: Tensor,
     mask: Tensor | None,
-    *band: Tensor,
-    window: int,
+    *constants: Tensor,
+    grid: tuple[int, ...],
+    size: tuple[int, ...],
+    text: tuple[int, int] = (0, 0),
     scale: float | None = None,
     kernel: WindowKernel = "sdpa",
 ) -> Tensor:
     """What window attention misses of full attention, [B, N, H, D]: stored at a full step, added at window steps."""
     full_BNHD = full_BHND.transpose(1, 2)
-    if kernel == "sdpa" and band:
-        return cast(Tensor, band_residual(full_BNHD, q_BHND, k_BHND, v_BHND, mask, band[0], window, scale))
-    out_BHND = _window(q_BHND, k_BHND, v_BHND, mask, band, window, scale, kernel)
+    if kernel == "sdpa" and constants:
+        settings = (list(grid), list(size), list(text), scale)
+        return cast(Tensor, band_residual(full_BNHD, q_BHND, k_BHND, v_BHND, mask, constants[0], *settings))
+    out_BHND = _window(q_BHND, k_BHND, v_BHND, mask, constants, grid, size, text, scale, kernel)
     return (full_BNHD - out_BHND.transpose(1, 2)).contiguous()
 
 
@@ -80,103 +89,72 @@ def _window(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    band: tuple[Tensor, ...],
-    window: int,
+    constants: tuple[Tensor, ...],
+    grid: tuple[int, ...],
+    size: tuple[int, ...],
+    text: tuple[int, int],
     scale: float | None,
     kernel: WindowKernel,
 ) -> Tensor:
-    tokens = q.shape[2]
-    if window >= tokens - 1:
+    if covers(grid, size):
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if kernel == "flex":
-        return flex_band(q, k, v, _block_mask(tokens, window, band), scale)
-    return _flash_band(q, k, v, window, scale)
+        return flex_band(q, k, v, block_mask(grid, size, text, constants), scale)
+    return _flash_band(q, k, v, size[0], scale)
 
 
-def band_tensors(kernel: WindowKernel, *, tokens: int, window: int, like: Tensor) -> tuple[Tensor, ...]:
+def covers(grid: tuple[int, ...], size: tuple[int, ...]) -> bool:
+    """Whether the window of every token is the whole grid."""
+    return all(reach >= length - 1 for length, reach in zip(grid, size, strict=True))
+
+
+def window_tensors(
+    kernel: WindowKernel, *, grid: tuple[int, ...], size: tuple[int, ...], text: tuple[int, int], like: Tensor
+) -> tuple[Tensor, ...]:
     """The constants that :func:`window_attention` reads; made once, when a piece is compiled.
 
-    For ``sdpa`` the additive band of one block, [S, L], for ``flex`` four lists of block indices: never
-    anything of size N x N.
+    For ``sdpa`` the additive bias of one tile, for ``flex`` four lists of block indices: never anything of size
+    N x N.
     """
-    if window >= tokens - 1 or kernel == "flash":
+    if covers(grid, size) or kernel == "flash":
         return ()
     if kernel == "flex":
-        return _block_lists(tokens, window, like.device)
-    return (band(tokens, window, like),)
+        return block_lists(grid, size, text, like.device)
+    return (tile_bias(grid, size, like),)
 
 
-def choose_kernel(requested: str, *, like: Tensor, tokens: int, window: int, masked: bool) -> WindowKernel:
+def choose_kernel(
+    requested: str,
+    *,
+    like: Tensor,
+    grid: tuple[int, ...],
+    size: tuple[int, ...],
+    text: tuple[int, int],
+    masked: bool,
+) -> WindowKernel:
     """The kernel for a site, given the ``window_kernel`` option.
 
-    On CPU the banded form is the default: it was measured faster than flex's C++ template at 1 024 and 4 096
-    tokens, and it compiles faster.  A model's own mask is honoured by the banded form alone.
+    On CPU the tiled form is the default: it was measured faster than flex's C++ template at 1 024 and 4 096
+    tokens, and it compiles faster.  A model's own mask is honoured by the tiled form alone.
 
     Raises:
-        OptionError: FlashAttention was asked for where there is none.
+        OptionError: FlashAttention was asked for where there is none, or for a window that it does not have.
     """
     half = like.dtype in (torch.float16, torch.bfloat16)
-    if requested == "flash" and not (half and like.device.type == "cuda"):
+    plain = len(grid) == 1 and not any(text)
+    if requested == "flash" and not (half and like.device.type == "cuda" and plain):
         raise OptionError(
             "FlashAttention cannot run here",
             where="options['window_kernel']",
-            got=f"'flash' for {like.dtype} on {like.device.type}",
-            allowed="float16 or bfloat16 on cuda",
+            got=f"'flash' for {like.dtype} on {like.device.type}" + ("" if plain else ", over a grid or with text"),
+            allowed="float16 or bfloat16 on cuda, and a window along one axis without text",
             todo="leave window_kernel at 'auto'",
         )
-    if masked or window >= tokens - 1:
+    if masked or covers(grid, size):
         return "sdpa"
     if requested == "auto":
         return "flex" if like.device.type == "cuda" else "sdpa"
     return cast(WindowKernel, requested)
-
-
-def _block_lists(tokens: int, window: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The band |i - j| <= window as flex_attention's block lists, in closed form: O(N / block) numbers a row.
-
-    Key blocks that the band cuts are listed as partial, those that lie in it for every query of a block as full:
-    (partial count, partial indices, full count, full indices).
-    """
-    size = _flex_block(device)
-    blocks = -(-tokens // size)
-    first_S = torch.arange(blocks, device=device) * size
-    last_S = (first_S + size - 1).clamp(max=tokens - 1)
-    low = (first_S - window).clamp(min=0) // size
-    high = (last_S + window).clamp(max=tokens - 1) // size
-    full_low = ((last_S - window).clamp(min=0) + size - 1) // size
-    full_high = ((first_S + window + 1) // size).clamp(max=tokens // size) - 1
-    full = (full_high - full_low + 1).clamp(min=0)
-    left = torch.where(full > 0, full_low - low, high - low + 1)
-    right = torch.where(full > 0, high - full_high, 0)
-    index = torch.arange(blocks, device=device)[None]
-    full_index = torch.where(index < full[:, None], full_low[:, None] + index, 0)
-    after = full_high[:, None] + 1 + index - left[:, None]
-    after = torch.where(index < (left + right)[:, None], after, 0)
-    part_index = torch.where(index < left[:, None], low[:, None] + index, after)
-    return tuple(  # type: ignore[return-value]
-        t.to(torch.int32)[None, None] for t in (left + right, part_index, full, full_index)
-    )
-
-
-def _block_mask(tokens: int, window: int, lists: tuple[Tensor, ...]) -> BlockMask:
-    def in_band(b: Tensor, h: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-        return (q_index - kv_index).abs() <= window
-
-    partial_count, partial_index, full_count, full_index = lists
-    return BlockMask.from_kv_blocks(
-        partial_count,
-        partial_index,
-        full_count,
-        full_index,
-        BLOCK_SIZE=_flex_block(lists[0].device),
-        mask_mod=in_band,
-        seq_lengths=(tokens, tokens),
-        compute_q_blocks=False,
-    )
-
-
-def _flex_block(device: torch.device) -> int:
-    return 64 if device.type == "cpu" else 128
 
 
 def _flash_band(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,18 +20,20 @@ from torch import Tensor, fx
 
 from difa_fx._torch import (
     apart_from_dynamo,
+    breaks_graph,
     compile_inductor,
     input_sources,
     trace_aten,
     warm_up_cpu_codegen,
 )
 from difa_fx.compile import PieceCompiler
-from difa_fx.errors import DifaError, GradError
+from difa_fx.errors import DifaError, GradError, PlanError
 from difa_fx.options import Options, parse_options
 from difa_fx.passes.canonicalize import canonicalize
 from difa_fx.passes.find_attention import Attention, AttentionSite, find_attention
 from difa_fx.passes.partition import partition
 from difa_fx.passes.rewrite import RewriteSettings, check_possible
+from difa_fx.passes.window_attention import fitted
 from difa_fx.plan import Method, Plan
 from difa_fx.registry import Compilation, compilation_for
 from difa_fx.runtime import Runner
@@ -62,7 +65,9 @@ def difa(
         _refuse_gradients(example_inputs)
         if parsed.compiler == "inductor" and any(_on_cpu(value) for value in example_inputs):
             warm_up_cpu_codegen()
-        graph = CompiledGraph(gm, example_inputs, compilation_for(options, parsed))
+        compilation = compilation_for(options, parsed)
+        compilation.broken |= breaks_graph(gm)
+        graph = CompiledGraph(gm, example_inputs, compilation)
         if all(isinstance(value, Tensor) for value in example_inputs):
             graph.runner_for(example_inputs)
         return graph
@@ -100,23 +105,30 @@ def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str
     options = compilation.options
     assert options.plan is not None
     canonical = canonicalize(gm, inputs, sources=sources)
-    attention = find_attention(canonical)
-    plan = _fitted(options.plan, attention, strict=options.strict)
-    parts = partition(canonical, attention.sites)
+    found = find_attention(canonical)
+    owner_position = next((i for i, fixed in enumerate(canonical.static) if fixed), None)
+    owner = None if owner_position is None else inputs[owner_position]
+    plan = options.plan
+    if compilation.is_conditional_half(owner, found.inputs.batch):
+        plan = plan.without_cfg()
+    sites = tuple(fitted(site, plan.window, calls_per_step=plan.calls_per_step) for site in found.sites)
+    attention = replace(found, sites=sites)
+    plan = _fitted(plan, attention, compilation)
     settings = RewriteSettings(window=plan.window, second=plan.cfg == "uncond_first", kernel=options.window_kernel)
     return Runner(
         graph=canonical.gm.graph,
         attention=attention,
-        partition=parts,
+        partition=partition(canonical, attention.sites),
         schedule=make_schedule(plan, [site.path for site in attention.sites]),
         compiler=PieceCompiler(options.compiler, options.inductor, settings),
-        owner_position=next((i for i, fixed in enumerate(canonical.static) if fixed), None),
+        owner_position=owner_position,
         clock_of=compilation.clock_of,
         strict=options.strict,
+        company=compilation,
     )
 
 
-def _fitted(plan: Plan, attention: Attention, *, strict: bool) -> Plan:
+def _fitted(plan: Plan, attention: Attention, compilation: Compilation) -> Plan:
     """``plan`` checked against the sites of a graph.
 
     Without ``strict``, what a site cannot do becomes full attention, with one warning a site.
@@ -125,15 +137,33 @@ def _fitted(plan: Plan, attention: Attention, *, strict: bool) -> Plan:
         PlanError: the plan names a site that the graph does not have.
         SiteError: a site cannot do what the plan asks of it.
     """
-    plan.check_sites([site.path for site in attention.sites])
+    paths = [site.path for site in attention.sites]
+    compilation.found.update(dict.fromkeys(paths))
+    _refuse_single_block(plan, paths)
+    if not compilation.broken:
+        plan.check_sites(paths)
     for site in attention.sites:
         asked = set(plan.column(site.path)) if site.path in plan.sites else set()
         refused = [method for method in Method if method in asked and method in site.refused]
-        if refused and strict:
+        if refused and compilation.options.strict:
             check_possible(site, refused[0])
         elif refused:
             plan = _without(plan, site, refused[0])
     return plan
+
+
+def _refuse_single_block(plan: Plan, paths: Sequence[str]) -> None:
+    """Raise PlanError when what is compiled is one block of the denoiser that the plan is for."""
+    whole = [site for site in plan.sites if any(site.endswith(f".{path}") for path in paths)]
+    if whole and not set(paths) & set(plan.sites):
+        raise PlanError(
+            "this compiles one block of the denoiser by itself, and blocks that share a graph cannot be told apart",
+            where="torch.compile(backend='difa')",
+            got=f"site {paths[0]}, in a plan for {whole[0]} and {len(plan.sites) - 1} others",
+            allowed="the whole denoiser in one torch.compile call",
+            todo="instead of compile_repeated_blocks call denoiser.compile(backend='difa', options={'plan': ...}) or "
+            "difa_fx.attach(pipe, plan): equal layers are compiled once there, too",
+        )
 
 
 def _without(plan: Plan, site: AttentionSite, method: Method) -> Plan:

@@ -12,6 +12,9 @@ begins; and everything else is an error.  Three sources of truth, best first:
 
 Without a timestep in the graph only calls can be counted; then every generation must begin with
 ``difa_fx.reset(model)``.
+
+A sampler that calls the denoiser twice a step, once for each half of classifier-free guidance, shows it each timestep
+twice; the clock counts calls then.
 """
 
 from __future__ import annotations
@@ -26,24 +29,31 @@ _ATTACH = "attach the pipeline (difa_fx.attach(pipe, plan)) or call difa_fx.rese
 
 @dataclass(slots=True)
 class Clock:
-    """Counts the steps of one denoiser.
+    """Counts the calls of one denoiser.
 
     Attributes:
         steps: steps of the plan.
-        expected: the timesteps of a generation, when they are known.
+        expected: the timesteps of a generation, when they are known, one a step.
         attached: whether a scheduler says when a generation begins.
-        position: the last step that ran; -1 before the first.
+        calls: calls a step.
+        position: the last call that ran; -1 before the first.  With one call a step it is the step.
         generation: grows with every beginning, so that holders of state can tell theirs is old.
     """
 
     steps: int
     expected: tuple[float, ...] | None = None
     attached: bool = False
+    calls: int = 1
     position: int = -1
     generation: int = 0
     _armed: bool = False
     _learned: bool = False
     _seen: list[float] = field(default_factory=list)
+
+    @property
+    def timestep(self) -> float | None:
+        """The timestep that the last call was shown."""
+        return self._seen[-1] if self._seen else None
 
     def begin(self, timesteps: Sequence[float] | None = None) -> None:
         """A generation is about to start; ``timesteps`` are its scheduler's."""
@@ -62,25 +72,25 @@ class Clock:
         self.begin()
 
     def tick(self, timestep: float | None, *, tolerance: float = 0.0) -> int:
-        """The step of a call that was shown ``timestep``.
+        """The number of a call that was shown ``timestep``, from 0; with one call a step, the step.
 
         Args:
             timestep: value of the graph's timestep input; None when it has none.
             tolerance: relative rounding of the input's dtype.
 
         Raises:
-            ClockError: the call is not the step that comes next.
+            ClockError: the call is not the one that comes next.
         """
-        step = self._next(timestep, tolerance)
-        if step == 0 and self.position != -1:
+        call = self._next(timestep, tolerance)
+        if call == 0 and self.position != -1:
             self.begin()
         self._armed = False
-        self.position = step
-        if timestep is not None:
+        self.position = call
+        if timestep is not None and call % self.calls == 0:
             self._seen.append(timestep)
             if len(self._seen) == self.steps and self.expected is None:
                 self.expected, self._learned = tuple(self._seen), True
-        return step
+        return call
 
     def _next(self, timestep: float | None, tolerance: float) -> int:
         following = self.position + 1
@@ -90,28 +100,30 @@ class Clock:
             return self._compared(timestep, self.expected, following, tolerance)
         return self._directed(timestep, following)
 
-    def _counted(self, step: int) -> int:
-        if self.attached and step < self.steps:
-            return step
-        if step == 0 and not self._armed:
+    def _counted(self, call: int) -> int:
+        count = self.steps * self.calls
+        if self.attached and call < count:
+            return call
+        if call == 0 and not self._armed:
             raise ClockError(
                 "the denoiser's graph has no timestep, so the beginning of a generation cannot be seen",
                 where="step clock",
                 todo=_ATTACH,
             )
-        if step >= self.steps:
+        if call >= count:
             raise ClockError(
-                f"call {step + 1} of a generation, but the plan has {self.steps} steps",
+                f"call {call + 1} of a generation, but the plan has {self.steps} steps",
                 where="step clock",
-                got=f"{step + 1} calls since the last reset",
-                allowed=f"{self.steps} calls",
+                got=f"{call + 1} calls since the last reset",
+                allowed=f"{count} calls",
                 todo=_ATTACH,
             )
-        return step
+        return call
 
-    def _compared(self, timestep: float, expected: Sequence[float], step: int, tolerance: float) -> int:
+    def _compared(self, timestep: float, expected: Sequence[float], call: int, tolerance: float) -> int:
+        step = call // self.calls
         if step < len(expected) and _same(timestep, expected[step], tolerance):
-            return step
+            return call
         if not self.attached and _same(timestep, expected[0], tolerance):
             return 0
         if self._learned and self._jumps_back(timestep):
@@ -119,32 +131,52 @@ class Clock:
             return 0
         if step < len(expected):
             wanted = f"{expected[step]:g} (step {step})"
+            if call % self.calls:
+                wanted += ", for the other half of guidance"
         else:
             wanted = f"a new generation, from {expected[0]:g}"
         if not self.attached and step < len(expected) and step > 0:
             wanted += f", or {expected[0]:g} to begin a new generation"
         raise ClockError(
             "the denoiser was called with a timestep that the plan does not expect now",
-            where=f"step clock, after step {self.position}" if step else "step clock, before the first step",
+            where=f"step clock, after {self._place()}" if call else "step clock, before the first step",
             got=f"timestep {timestep:g}",
             allowed=wanted,
-            todo="use the sampler, number of steps and call order that the plan was made for; "
-            "for two calls a step (conditional and unconditional apart) no plan can be kept; "
+            todo="use the sampler, number of steps and call order that the plan was made for; a sampler that calls the "
+            'denoiser twice a step, conditional and unconditional, needs a plan with cfg "cond_call_first" or '
+            '"uncond_call_first", and one that calls it once needs another; '
             "after an interrupted generation call difa_fx.reset(model) or scheduler.set_timesteps",
         )
 
-    def _directed(self, timestep: float, step: int) -> int:
-        if step == 0 or self.steps == 1:
+    def _place(self) -> str:
+        step, branch = divmod(self.position, self.calls)
+        return f"step {step}" + (f", call {branch + 1} of {self.calls}" if self.calls > 1 else "")
+
+    def _directed(self, timestep: float, call: int) -> int:
+        step, branch = divmod(call, self.calls)
+        if call == 0 or self.steps * self.calls == 1:
             return 0
         last = self._seen[-1]
-        if timestep == last:
-            if step == 1:
+        if timestep == last and branch:
+            return call
+        if branch:
+            if self._jumps_back(timestep):
                 return 0
             raise ClockError(
-                "two calls in a row with the same timestep",
-                where=f"step clock, after step {self.position}",
+                "the plan is for two calls a step, and this step had one",
+                where=f"step clock, after {self._place()}",
+                got=f"timestep {timestep:g} after {last:g}",
+                allowed=f"{last:g} again, for the other half of guidance",
+                todo='turn guidance on, or use a plan with cfg null, "cond_first" or "uncond_first"',
+            )
+        if timestep == last:
+            if call == 1:
+                return 0
+            raise ClockError(
+                "two calls in a row with the same timestep" if self.calls == 1 else "three calls with one timestep",
+                where=f"step clock, after {self._place()}",
                 got=f"timestep {timestep:g} again",
-                allowed="one call a step",
+                allowed="one call a step" if self.calls == 1 else "two calls a step",
                 todo="give the plan its 'timesteps', or " + _ATTACH,
             )
         if self._jumps_back(timestep):
@@ -157,7 +189,7 @@ class Clock:
                 allowed=f"{self.steps} steps",
                 todo=f"run the sampler for {self.steps} steps, or use a plan made for this number",
             )
-        return step
+        return call
 
     def _jumps_back(self, timestep: float) -> bool:
         """Whether ``timestep`` turns against the direction in which this generation goes."""

@@ -10,6 +10,7 @@ Letters: B batch, H heads, N query tokens, M key tokens, D head dim, w window.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -39,6 +40,7 @@ class SiteShape:
         tokens: N, the queries.
         head_dim: D.
         kv_tokens: M, the keys; 0 stands for as many as queries.
+        text_tokens: how many of the tokens are text, which a window never cuts.
         projection_flops: operations of the site's projections, such as :func:`projection_flops`.
         output_numel: numbers in the site's output; 0 stands for B N H D.
         residual_numel: numbers in the site's residual; 0 stands for B N H D.
@@ -50,6 +52,7 @@ class SiteShape:
     tokens: int
     head_dim: int
     kv_tokens: int = 0
+    text_tokens: int = 0
     projection_flops: int = 0
     output_numel: int = 0
     residual_numel: int = 0
@@ -76,10 +79,20 @@ class SiteShape:
 def window_pairs(tokens: int, window: Window) -> int:
     """How many (query, key) pairs of ``tokens`` x ``tokens`` lie at most ``window`` apart.
 
-    Exact: N (2w + 1) pairs, less w (w + 1) / 2 that would stick out at either end.
+    Exact: N (2w + 1) pairs, less w (w + 1) / 2 that would stick out at either end; over a grid, where the axes are
+    independent, the product of each axis's.
     """
-    reach = min(window, tokens - 1)
-    return tokens * (2 * reach + 1) - reach * (reach + 1)
+    if isinstance(window, int):
+        reach = min(window, tokens - 1)
+        return tokens * (2 * reach + 1) - reach * (reach + 1)
+    if math.prod(window.grid) != tokens:
+        raise SiteError(
+            "the window's grid has another number of tokens than the site",
+            got=f"{tokens} tokens",
+            allowed=f"{' x '.join(map(str, window.grid))} = {math.prod(window.grid)}",
+            todo="give this site full or cached, or the plan the denoiser's own grid",
+        )
+    return math.prod(window_pairs(size, reach) for size, reach in zip(window.grid, window.size, strict=True))
 
 
 def projection_flops(batch: int, tokens: int, width: int) -> int:
@@ -176,4 +189,5 @@ def _band(shape: SiteShape, window: Window) -> int:
             allowed="equal numbers, as in self-attention",
             todo="plan full or cached for this site",
         )
-    return window_pairs(shape.tokens, window)
+    text, image = shape.text_tokens, shape.tokens - shape.text_tokens
+    return window_pairs(image, window) + 2 * text * image + text * text

@@ -23,17 +23,20 @@ from difa_fx.plan_rules import (
     FORMAT,
     VERSION,
     CFGOrder,
+    GridWindow,
     Method,
     Window,
     as_window,
     check_reads,
     fault,
+    window_json,
 )
 from difa_fx.plan_steps import derived, resampled
 
 __all__ = [
     "DEFAULT_WINDOW",
     "CFGOrder",
+    "GridWindow",
     "Method",
     "Plan",
     "Window",
@@ -78,8 +81,8 @@ class Plan:
         steps: calls of the denoiser in one generation.
         sites: module paths of the self-attentions, in the order of the columns of ``methods``.
         methods: one row per step, one method per site in it.
-        window: tokens to either side of a query that ``window`` attends to.
-        cfg: which half of the batch is the conditional one; None where the batch is not two halves.
+        window: tokens to either side of a query that ``window`` attends to, or a :class:`GridWindow`.
+        cfg: which half of the batch, or which of two calls a step, is the conditional one; None without guidance.
         denoiser: class name of the module the plan was made for, for people to read.
         timesteps: the sampler's timestep at each step, or None.
         provenance: where the plan comes from; any JSON object.
@@ -215,7 +218,7 @@ class Plan:
             "denoiser": self.denoiser,
             "steps": self.steps,
             "cfg": self.cfg,
-            "window": self.window,
+            "window": window_json(self.window),
             "sites": list(self.sites),
             "methods": [[method.value for method in row] for row in self.methods],
             "timesteps": thaw(self.timesteps),
@@ -233,6 +236,11 @@ class Plan:
     def replace(self, **changes: Any) -> Plan:
         """The plan with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+    def without_cfg(self) -> Plan:
+        """The plan for the conditional half alone: ``+cfg`` methods without it."""
+        alone = {Method.FULL_CFG: Method.FULL, Method.WINDOW_CFG: Method.WINDOW}
+        return self.replace(methods=[[alone.get(method, method) for method in row] for row in self.methods])
 
     def for_steps(self, n: int, *, timesteps: Sequence[float] | None = None) -> Plan:
         """A plan for ``n`` steps, each with the methods of the step at the same relative position.
@@ -274,6 +282,11 @@ class Plan:
         """How many of the steps x sites cells each method has; 0 is listed too."""
         found = Counter(method for row in self.methods for method in row)
         return {method: found[method] for method in Method}
+
+    @property
+    def calls_per_step(self) -> int:
+        """How often a step calls the denoiser: twice where the halves of guidance are calls of their own."""
+        return 2 if self.cfg is not None and self.cfg.endswith("call_first") else 1
 
     @property
     def uses_cfg(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -17,10 +18,30 @@ from difa_fx.plan_io import FrozenDict, freeze, looks_like_xdit, seen
 FORMAT: Final = "difa.plan"
 VERSION: Final = 1
 
-CFGOrder: TypeAlias = Literal["cond_first", "uncond_first"]
-#: Tokens to either side of a query.  Made by :func:`as_window` alone, the one place that a window
-#: with more than one axis would change.
-Window: TypeAlias = int
+CFGOrder: TypeAlias = Literal["cond_first", "uncond_first", "cond_call_first", "uncond_call_first"]
+#: Where the conditional half of classifier-free guidance is: in a batch of two halves the first or the second; or,
+#: in a sampler that calls the denoiser twice a step, the first or the second call.
+
+
+@dataclass(frozen=True, slots=True)
+class GridWindow:
+    """A window over a grid of tokens: those at most ``size[i]`` away along every axis ``i``.
+
+    Attributes:
+        grid: rows and columns of the (image) tokens, or frames, rows and columns, in the order in which they are
+            flattened.
+        size: how far it reaches along each axis, to either side.
+    """
+
+    grid: tuple[int, ...]
+    size: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.size))} of {'x'.join(map(str, self.grid))}"
+
+
+#: Tokens to either side of a query, or a window over a grid.  Made by :func:`as_window` alone.
+Window: TypeAlias = int | GridWindow
 
 _REQUIRED: Final = ("format", "version", "steps", "cfg", "window", "sites", "methods")
 _OPTIONAL: Final = ("denoiser", "timesteps", "provenance")
@@ -81,12 +102,40 @@ def as_count(value: object, where: str, *, least: int = 1) -> int:
 
 
 def as_window(value: object, where: str = "window") -> Window:
-    """A window: a whole number of tokens to either side of a query, 0 or more."""
-    return as_count(value, where, least=0)
+    """A window: a whole number of tokens to either side of a query, 0 or more, or ``{"grid": ..., "size": ...}``."""
+    if isinstance(value, GridWindow):
+        value = {"grid": value.grid, "size": value.size}
+    if not isinstance(value, Mapping):
+        return as_count(value, where, least=0)
+    if sorted(value) != ["grid", "size"]:
+        raise fault(
+            "a window over a grid has other fields",
+            where,
+            list(value),
+            '{"grid": [rows, columns], "size": [rows, columns]}, or three numbers each for frames too',
+        )
+    grid, size = (
+        tuple(as_count(item, f"{where}.{name}[{i}]", least=least) for i, item in enumerate(given))
+        for name, least in (("grid", 1), ("size", 0))
+        for given in (_items(value[name], f"{where}.{name}", "whole numbers"),)
+    )
+    if len(grid) != len(size) or len(grid) not in (2, 3):
+        raise fault(
+            "grid and size of a window do not fit each other",
+            where,
+            f"{len(grid)} and {len(size)} axes",
+            "2 axes (rows, columns) or 3 (frames, rows, columns) in both",
+        )
+    return GridWindow(grid, size)
+
+
+def window_json(window: Window) -> Any:
+    """A window as a plan's file has it."""
+    return window if isinstance(window, int) else {"grid": list(window.grid), "size": list(window.size)}
 
 
 def as_cfg(value: object, where: str) -> CFGOrder | None:
-    """The order of the two halves of the batch, or None where there is one half alone."""
+    """The order of the two halves of guidance, or None where there is one half alone."""
     for order in get_args(CFGOrder):
         if value == order:
             return order  # type: ignore[no-any-return]
@@ -95,7 +144,7 @@ def as_cfg(value: object, where: str) -> CFGOrder | None:
             "the order of the CFG halves is unknown",
             where,
             value,
-            "cond_first, uncond_first, or null for a batch without CFG",
+            "cond_first, uncond_first, cond_call_first, uncond_call_first, or null without CFG",
         )
     return None
 
@@ -214,7 +263,7 @@ def check_shape(
 
 
 def check_cfg(cfg: CFGOrder | None, methods: Sequence[Sequence[Method]]) -> None:
-    """Checks that the order of the halves is known wherever a method shares them."""
+    """Checks that the order of the halves is known wherever a method shares them, and that it lets them be shared."""
     for step, row in enumerate(methods):
         for index, method in enumerate(row):
             if method.shares_cfg and cfg is None:
@@ -224,6 +273,14 @@ def check_cfg(cfg: CFGOrder | None, methods: Sequence[Sequence[Method]]) -> None
                     str(method),
                     "full, window or cached while cfg is null",
                     'set cfg to "cond_first" (diffusers\' DiT) or "uncond_first" (PixArt)',
+                )
+            if method.shares_cfg and cfg == "uncond_call_first":
+                raise fault(
+                    "the unconditional call comes first and cannot use what the conditional call will compute",
+                    f"methods[{step}][{index}]",
+                    str(method),
+                    "full, window or cached while cfg is uncond_call_first",
+                    "let the sampler make the conditional call first (cond_call_first), or batch the two",
                 )
 
 

@@ -77,9 +77,9 @@ class Profiler:
                 self._time(graph, frontier, number, timed)
             frontier = graph.advance(frontier, [Method.FULL] * (step + 1))
             for kind in ("output", "residual"):
-                state = frontier.state.get((site.path, kind))
-                if state is not None:
-                    self._seen.setdefault((site.path, kind), []).append(_sample(state))
+                held = [v for (path, name), v in frontier.state.items() if path == site.path and name.startswith(kind)]
+                if held:
+                    self._seen.setdefault((site.path, kind), []).append(torch.cat([_sample(v) for v in held]))
         if not known:
             self.losses.append(losses)
             self.finished(self.losses)

@@ -10,22 +10,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, fx
 
 from difa_fx.attention import cfg_half, cfg_shared
 from difa_fx.compile import Piece, PieceCompiler
-from difa_fx.passes.find_attention import AttentionSite
 from difa_fx.passes.graph_tools import output_values, placeholders
 from difa_fx.passes.partition import Partition, Segment
 from difa_fx.passes.rewrite import residual_axis
+from difa_fx.passes.sites import AttentionSite
 from difa_fx.schedule import SiteAction, SiteStep
 
 StateKey = tuple[str, str]
-"""Path of a site, and ``output`` or ``residual``."""
+"""Path of a site, and what of it: ``output``, ``output 1`` (a joint attention's second), ``residual``; with the number
+of the call where a step has two, and ``handed`` for what the first of them hands to the second."""
 
 State = dict[StateKey, Tensor]
+
+
+def output_keys(path: str, count: int, owner: str = "") -> tuple[StateKey, ...]:
+    """The state of a site's outputs; ``owner``: which call of a step, or ``handed``."""
+    return tuple((path, " ".join(filter(None, ("output", str(i) if i else "", owner)))) for i in range(count))
+
+
+def output_number(key: StateKey) -> int:
+    """Which of a site's outputs ``key`` is of."""
+    _, *rest = key[1].split()
+    return int(rest[0]) if rest and rest[0].isdigit() else 0
+
+
+def residual_key(path: str, owner: str = "") -> StateKey:
+    """The state of a site's residual."""
+    return path, " ".join(filter(None, ("residual", owner)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,12 +57,14 @@ class Call:
         inputs: slots it reads.
         outputs: slots it fills.
         dead: slots that nothing reads after it.
-        widen: axis along which its output, a half, is used for both halves.
+        widen: axes along which its outputs, halves, are used for both halves; empty when they are whole.
         residual: the residual it reads.
         fit_residual: how the stored residual is fitted to the batch it computes, when that differs.
-        stored: the output it takes from the state instead of running.
-        keeps: the state its output becomes.
-        writes: the residual it leaves.
+        stored: the outputs it takes from the state instead of running.
+        keeps: the state its outputs become.
+        hands: the state in which its outputs wait for the step's other call.
+        writes: the states its residual becomes.
+        moves: state that it renames, from and to.
         drops: state that nothing reads after it.
     """
 
@@ -53,16 +72,20 @@ class Call:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     dead: tuple[int, ...]
-    widen: int | None = None
+    widen: tuple[int, ...] = ()
     residual: StateKey | None = None
     fit_residual: Callable[[Tensor], Tensor] | None = None
-    stored: StateKey | None = None
-    keeps: StateKey | None = None
-    writes: StateKey | None = None
+    stored: tuple[StateKey, ...] = ()
+    keeps: tuple[StateKey, ...] = ()
+    hands: tuple[StateKey, ...] = ()
+    writes: tuple[StateKey, ...] = ()
+    moves: tuple[tuple[StateKey, StateKey], ...] = ()
     drops: tuple[StateKey, ...] = ()
 
 
 Program = tuple[Call, ...]
+
+_HANDED: Final = "handed"
 
 
 class ProgramBuilder:
@@ -98,20 +121,26 @@ class ProgramBuilder:
         if segment.site is None or entry is None:
             return Call(self.compiler.piece(segment, None), *slots)
         site, action = segment.site, entry.action
-        output, residual = (site.path, "output"), (site.path, "residual")
-        computes = action.method.computes
-        dropped = [(output, not computes and not entry.keeps_output)]
-        dropped += [(residual, action.method.windowed and not entry.keeps_residual)]
+        count, owner = len(segment.outputs), "of call 2" if entry.branch else ""
+        outputs, residual = output_keys(site.path, count, owner), residual_key(site.path, owner)
+        handed, handed_residual = output_keys(site.path, count, _HANDED), residual_key(site.path, _HANDED)
+        stored = () if entry.runs else handed if entry.takes else outputs
+        drops = handed if entry.takes else () if entry.runs or entry.keeps_output else outputs
+        if entry.runs and action.method.windowed and not entry.keeps_residual:
+            drops = (*drops, residual)
+        written = {residual: entry.keeps_residual, handed_residual: entry.hands_residual}
         return Call(
-            self.compiler.piece(segment, action) if computes else None,
+            self.compiler.piece(segment, action) if entry.runs else None,
             *slots,
-            widen=site.axes[site.output] if entry.output_half else None,
-            residual=residual if action.method.windowed else None,
+            widen=tuple(site.axes[node] for node in segment.outputs) if entry.output_half else (),
+            residual=residual if entry.runs and action.method.windowed else None,
             fit_residual=self._fit(site, entry),
-            stored=None if computes else output,
-            keeps=output if computes and entry.keeps_output else None,
-            writes=residual if action.writes_residual else None,
-            drops=tuple(key for key, drops in dropped if drops),
+            stored=stored,
+            keeps=outputs if entry.keeps_output and stored != outputs else (),
+            hands=handed if entry.hands else (),
+            writes=tuple(key for key, wanted in written.items() if wanted) if action.writes_residual else (),
+            moves=((handed_residual, residual),) if entry.takes_residual else (),
+            drops=drops,
         )
 
     def start(self, args: Sequence[Any]) -> list[Any]:
@@ -121,21 +150,13 @@ class ProgramBuilder:
     def run(self, calls: Iterable[Call], slots: list[Any], state: State) -> None:
         """Run ``calls`` in order; ``slots`` and ``state`` are changed."""
         for call in calls:
-            if call.run is None:
-                assert call.stored is not None
-                results: Sequence[Any] = (state[call.stored],)
-            else:
-                values = [slots[i] for i in call.inputs]
-                if call.residual is not None:
-                    stored = state[call.residual]
-                    values.append(stored if call.fit_residual is None else call.fit_residual(stored))
-                results = call.run(values)
-            if call.keeps is not None:
-                state[call.keeps] = self._kept(results[0])
-            if call.writes is not None:
-                state[call.writes] = self._kept(results[-1])
-            if call.widen is not None:
-                results = (cfg_shared(results[0], axis=call.widen),)
+            results = _results(call, slots, state)
+            for key, value in _state_of(call, results):
+                state[key] = self._kept(value)
+            for waiting, key in call.moves:
+                state[key] = state.pop(waiting)
+            if call.widen:
+                results = [cfg_shared(half, axis=axis) for half, axis in zip(results, call.widen, strict=False)]
             for slot, value in zip(call.outputs, results, strict=False):
                 slots[slot] = value
             del results
@@ -151,9 +172,9 @@ class ProgramBuilder:
     def _variants(self, row: Mapping[str, SiteStep]) -> Iterator[tuple[Segment, SiteAction | None]]:
         """The segments that run at a step, and what their sites do."""
         for segment in self.partition.segments:
-            action = None if segment.site is None else row[segment.site.path].action
-            if action is None or action.method.computes:
-                yield segment, action
+            entry = None if segment.site is None else row[segment.site.path]
+            if entry is None or entry.runs:
+                yield segment, None if entry is None else entry.action
 
     def _fit(self, site: AttentionSite, entry: SiteStep) -> Callable[[Tensor], Tensor] | None:
         wants_half = entry.action.method.shares_cfg
@@ -167,6 +188,25 @@ class ProgramBuilder:
     def _kept(self, value: Tensor) -> Tensor:
         """``value`` as state: a CUDA graph's next replay overwrites its outputs, so of those a copy is kept."""
         return value.clone() if value.is_cuda and self.compiler.patches.get("triton.cudagraphs") else value
+
+
+def _results(call: Call, slots: Sequence[Any], state: State) -> Sequence[Any]:
+    """What a call's piece yields, or the state that stands for it."""
+    if call.run is None:
+        return [state[key] for key in call.stored]
+    values = [slots[i] for i in call.inputs]
+    if call.residual is not None:
+        stored = state[call.residual]
+        values.append(stored if call.fit_residual is None else call.fit_residual(stored))
+    return call.run(values)
+
+
+def _state_of(call: Call, results: Sequence[Any]) -> Iterator[tuple[StateKey, Tensor]]:
+    """The state that a call leaves."""
+    yield from zip(call.keeps, results, strict=False)
+    yield from zip(call.hands, results, strict=False)
+    for key in call.writes:
+        yield key, results[-1]
 
 
 @dataclass(frozen=True, slots=True)

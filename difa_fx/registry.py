@@ -23,11 +23,23 @@ from difa_fx.runtime import Runner, RunnerStats
 
 @dataclass(eq=False)
 class Compilation:
-    """One ``torch.compile`` call: its options, and all graphs, shapes and denoisers compiled under it."""
+    """One ``torch.compile`` call: its options, and all graphs, shapes and denoisers compiled under it.
+
+    Attributes:
+        options: what the user gave.
+        key: the object that identifies the call.
+        runners: one a graph and set of shapes.
+        broken: whether Dynamo broke the denoiser into several graphs; they share one clock then.
+        clocks: one a denoiser, by the parameter that owns it.
+        ownerless: the clock of denoisers without parameters, or of all graphs of a broken one.
+        found: the sites of all graphs so far.
+    """
 
     options: Options
     key: Mapping[str, Any] | None
     runners: list[Runner] = field(default_factory=list)
+    broken: bool = False
+    found: dict[str, None] = field(default_factory=dict)
     clocks: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     ownerless: Clock | None = None
 
@@ -35,16 +47,45 @@ class Compilation:
         """The clock of the denoiser that owns the parameter ``owner``, made at its first call."""
         plan = self.options.plan
         assert plan is not None
-        if owner is None:
-            self.ownerless = self.ownerless or Clock(plan.steps, plan.timesteps)
+        if owner is None or self.broken:
+            self.ownerless = self.ownerless or Clock(plan.steps, plan.timesteps, calls=plan.calls_per_step)
+            if owner is not None and owner not in self.clocks:
+                self._join(owner, self.ownerless)
             return self.ownerless
         if owner not in self.clocks:
-            clock = self.clocks[owner] = Clock(plan.steps, plan.timesteps)
-            if owner in _begun:
-                clock.begin(_begun[owner])
+            self._join(owner, Clock(plan.steps, plan.timesteps, calls=plan.calls_per_step))
         found = self.clocks[owner]
         assert isinstance(found, Clock)
         return found
+
+    def _join(self, owner: object, clock: Clock) -> None:
+        self.clocks[owner] = clock
+        if owner in _begun and clock.position < 0:
+            clock.begin(_begun[owner])
+
+    @property
+    def guided(self) -> bool:
+        """Whether the plan's batch holds two halves of guidance."""
+        plan = self.options.plan
+        return plan is not None and plan.cfg is not None and plan.calls_per_step == 1
+
+    def check_sites(self) -> None:
+        """Once every graph of a broken denoiser was seen: whether they have all sites of the plan.
+
+        Raises:
+            PlanError: the plan names a site that none of them has.
+        """
+        plan = self.options.plan
+        if plan is not None and self.ownerless is not None and self.ownerless.position >= 0:
+            plan.check_sites(list(self.found))
+
+    def is_conditional_half(self, owner: object, batch: int | None) -> bool:
+        """Whether a generation of ``owner`` runs at twice ``batch``: guidance ends in the middle of it."""
+        if not self.guided or batch is None or owner not in self.clocks:
+            return False
+        clock = self.clocks[owner]
+        sessions = [r.session_of(owner) for r in self.runners if r.attention.inputs.batch == 2 * batch]
+        return any(session is not None and session.ran(clock.position) for session in sessions)
 
     def clocks_for(self, model: nn.Module) -> Iterator[Clock]:
         """The clocks of ``model``, in this compilation."""

@@ -1,16 +1,22 @@
-"""The runner: which step a call is, whose state it goes on with, and the program that runs then."""
+"""The runner: which call of a generation this is, whose state it goes on with, and the program that runs then.
+
+A denoiser may have several runners: one for each batch and resolution it is called with, and one for each graph where
+Dynamo breaks it into several.  State belongs to a runner; one that serves the next call of a generation takes it over
+from the one before if it fits, or if the batch went from two halves of guidance to the conditional one alone.
+"""
 
 from __future__ import annotations
 
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
+from difa_fx.attention import cfg_half
 from difa_fx.clock import Clock
 from difa_fx.compile import PieceCompiler
 from difa_fx.cost import SiteShape
@@ -18,7 +24,8 @@ from difa_fx.errors import CFGError, ClockError, DifaError
 from difa_fx.passes.find_attention import Attention
 from difa_fx.passes.graph_tools import placeholders
 from difa_fx.passes.partition import Partition
-from difa_fx.program import Program, ProgramBuilder, State
+from difa_fx.passes.rewrite import residual_axis
+from difa_fx.program import Program, ProgramBuilder, State, StateKey, output_number
 from difa_fx.schedule import FULL, Schedule, SiteStep
 
 
@@ -29,12 +36,17 @@ class Session:
     clock: Clock
     state: State = field(default_factory=dict)
     generation: int = -1
+    position: int = -1
     peak_bytes: int = 0
 
     def abandon(self) -> None:
         """Drop the state, and with it the generation: only the first step of a new one can follow."""
         self.state.clear()
-        self.generation = -1
+        self.generation = self.position = -1
+
+    def ran(self, call: int) -> bool:
+        """Whether ``call`` of the generation that runs now was the last that it served."""
+        return self.generation == self.clock.generation and self.position == call
 
     @property
     def state_bytes(self) -> int:
@@ -54,8 +66,8 @@ class RunnerStats:
         pieces: pieces compiled.
         compile_seconds: time spent on it.
         state_bytes: bytes of state held now, over all sessions.
-        peak_state_bytes: the most that one session held after a step.
-        predicted_state_bytes: what the schedule says is held after each step.
+        peak_state_bytes: the most that one session held after a call.
+        predicted_state_bytes: what the schedule says is held after each call.
         calls: calls of the denoiser served.
     """
 
@@ -69,6 +81,39 @@ class RunnerStats:
     peak_state_bytes: int
     predicted_state_bytes: tuple[int, ...]
     calls: int
+
+
+class Company(Protocol):
+    """What a runner knows of the compilation that it belongs to."""
+
+    @property
+    def runners(self) -> Sequence[Runner]:
+        """All runners of the compilation."""
+        ...
+
+    @property
+    def broken(self) -> bool:
+        """Whether Dynamo broke the denoiser into several graphs."""
+        ...
+
+    @property
+    def guided(self) -> bool:
+        """Whether the plan's batch holds two halves of guidance."""
+        ...
+
+    def check_sites(self) -> None:
+        """Raise PlanError when the graphs together lack a site of the plan."""
+        ...
+
+
+class Alone:
+    """A runner without company."""
+
+    runners: Sequence[Runner] = ()
+    broken = guided = False
+
+    def check_sites(self) -> None:
+        """Nothing to check."""
 
 
 class Runner:
@@ -85,16 +130,20 @@ class Runner:
         owner_position: int | None,
         clock_of: Callable[[object], Clock],
         strict: bool,
+        company: Company | None = None,
     ) -> None:
         self.attention, self.partition, self.schedule = attention, partition, schedule
         self._compiler, self._strict = compiler, strict
         self._owner_position, self._clock_of = owner_position, clock_of
+        self._company = company or Alone()
         self._sites = {site.path: site for site in attention.sites}
         self._shapes = {site.path: site.shape for site in attention.sites}
         self._builder = ProgramBuilder(graph, partition, compiler)
         self._sessions: dict[int, tuple[weakref.ref[Any] | None, Session]] = {}
         self._rounding = _rounding(graph, attention.inputs.timestep)
-        self._shares_cfg = any(e.action.method.shares_cfg for row in schedule.rows for e in row)
+        self._halves = schedule.calls_per_step == 1 and any(
+            e.action.method.shares_cfg for row in schedule.rows for e in row
+        )
         self._full: Program | None = None
         self.calls = 0
         self.programs = self._compile_programs()
@@ -104,15 +153,15 @@ class Runner:
         self.calls += 1
         session = self._session(args)
         try:
-            step = session.clock.tick(self._timestep(args), tolerance=self._rounding)
-            self._begin(session, step, args)
+            call = self._tick(session, args)
+            self._begin(session, call, args)
         except (ClockError, CFGError) as error:
             session.abandon()
             if self._strict:
                 raise
             return self._run_full(args, error)
         try:
-            return self._run(self.programs[step], args, session)
+            return self._run(self.programs[call], args, session)
         except BaseException:
             session.abandon()
             raise
@@ -150,7 +199,7 @@ class Runner:
         )
 
     def _compile_programs(self) -> tuple[Program, ...]:
-        rows = [self.schedule.row(step) for step in range(self.schedule.steps)]
+        rows = [self.schedule.row(call) for call in range(self.schedule.calls)]
         self._builder.compile_rows(rows)
         return tuple(self._builder.program(row) for row in rows)
 
@@ -165,6 +214,33 @@ class Runner:
         self._sessions[key] = (ref, session)
         return session
 
+    def session_of(self, owner: object) -> Session | None:
+        """The session of a denoiser, by the parameter that owns it."""
+        found = self._sessions.get(id(owner))
+        return None if found is None or (found[0] is not None and found[0]() is not owner) else found[1]
+
+    def _tick(self, session: Session, args: Sequence[Any]) -> int:
+        """The number of this call in its generation.
+
+        Where Dynamo broke the denoiser into several graphs, the one that reads the timestep moves the clock and the
+        others follow.
+        """
+        clock, timestep = session.clock, self._timestep(args)
+        if not self._company.broken:
+            return clock.tick(timestep, tolerance=self._rounding)
+        if timestep is not None and (timestep != clock.timestep or session.ran(clock.position)):
+            self._company.check_sites()
+            return clock.tick(timestep, tolerance=self._rounding)
+        if clock.position < 0 or session.ran(clock.position):
+            raise ClockError(
+                "the denoiser runs as several graphs, and the one that reads the timestep did not run before this one",
+                where="step clock",
+                got=f"graph with sites {', '.join(self._sites) or 'none'}",
+                allowed="one graph with the timestep among its inputs, first in each call",
+                todo="look for graph breaks with TORCH_LOGS=graph_breaks, and compile the whole denoiser",
+            )
+        return clock.position
+
     def _timestep(self, args: Sequence[Any]) -> float | None:
         position = self.attention.inputs.timestep
         if position is None:
@@ -172,21 +248,57 @@ class Runner:
         value = args[position]
         return float(value.reshape(-1)[0]) if isinstance(value, Tensor) else float(value)
 
-    def _begin(self, session: Session, step: int, args: Sequence[Any]) -> None:
-        if step == 0:
+    def _begin(self, session: Session, call: int, args: Sequence[Any]) -> None:
+        """Make ``session`` ready for ``call``: begun, or with the state of the call before."""
+        if call == 0:
             session.state.clear()
-            session.generation = session.clock.generation
-            if self._shares_cfg:
+            if self._halves:
                 self._check_halves(args)
-        elif session.generation != session.clock.generation:
+        elif self._sites and not session.ran(call - 1) and not self._take_over(session, call, args):
             raise ClockError(
                 "there is no state to go on with in the middle of a generation",
-                where=f"step {step}",
-                got="a call at a batch, resolution or dtype that did not run this generation's first steps, "
+                where=f"step {call // self.schedule.calls_per_step}",
+                got="a call at a batch, resolution or dtype that did not run the generation's last step, "
                 "or one after a call that failed",
-                allowed="one shape from the first step to the last, and no failed call between",
+                allowed="one shape from the first step to the last, and no failed call between; the batch may go from "
+                "two halves of guidance to the conditional one",
                 todo="begin a new generation, and keep the batch (and CFG) the same throughout it",
             )
+        session.generation, session.position = session.clock.generation, call
+
+    def _take_over(self, session: Session, call: int, args: Sequence[Any]) -> bool:
+        """Take the state of the runner that served the call before, if it fits this one."""
+        owner = args[self._owner_position] if self._owner_position is not None else None
+        for other in self._company.runners:
+            theirs = None if other is self else other.session_of(owner)
+            if theirs is None or not theirs.ran(call - 1):
+                continue
+            fit = self._fit_from(other, call - 1)
+            if fit is not None:
+                session.state = {key: fit(key, value) for key, value in theirs.state.items()}
+                theirs.abandon()
+                return True
+        return False
+
+    def _fit_from(self, other: Runner, call: int) -> Callable[[StateKey, Tensor], Tensor] | None:
+        """How a tensor of another runner's state after ``call`` becomes one of this runner's; None if none can."""
+        if list(other._sites) != list(self._sites):
+            return None
+        if other._shapes == self._shapes and other.schedule == self.schedule:
+            return lambda _, value: value
+        doubled = {path: replace(shape, **_twice(shape)) for path, shape in self._shapes.items()}
+        if other._shapes != doubled or self._halves or not self._company.guided:
+            return None
+        row, second = other.schedule.row(call), self._compiler.settings.second
+
+        def conditional(key: StateKey, value: Tensor) -> Tensor:
+            site, entry, residual = other._sites[key[0]], row[key[0]], key[1].startswith("residual")
+            if entry.residual_half if residual else entry.output_half:
+                return value
+            axis = residual_axis(site) if residual else site.output_axes[output_number(key)]
+            return cfg_half(value, axis=axis, second=second).contiguous()
+
+        return conditional
 
     def _check_halves(self, args: Sequence[Any]) -> None:
         """A CFG batch holds the same latents twice; anything else must not share a half."""
@@ -217,6 +329,12 @@ class Runner:
             self._builder.compile_rows([row])
             self._full = self._builder.program(row)
         return self._run(self._full, args, Session(Clock(1)))
+
+
+def _twice(shape: SiteShape) -> dict[str, int]:
+    """The sizes of a site at twice the batch."""
+    sizes = ("batch", "projection_flops", "output_numel", "residual_numel")
+    return {name: 2 * getattr(shape, name) for name in sizes}
 
 
 def _rounding(graph: fx.Graph, timestep: int | None) -> float:

@@ -2,13 +2,15 @@
 
 A plan is static, so the life of every state tensor is known: an output is stored only if the next step at that
 site reads it, a residual only if a window step reads it before the next full one, and both are dropped after
-their last reader.  This module imports no torch.
+their last reader.  Where the two halves of guidance are calls of their own, each has its state, and the
+unconditional call takes from the conditional one what the plan lets them share.  This module imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from difa_fx.cost import SiteShape
 from difa_fx.plan import Method, Plan
@@ -38,7 +40,7 @@ FULL = SiteAction(Method.FULL)
 class SiteStep:
     """One site at one step, as the runner sees it.
 
-    A state that a ``+cfg`` step made holds the conditional half alone.
+    In a batch of two halves, a state that a ``+cfg`` step made holds the conditional half alone.
 
     Attributes:
         action: what its piece computes.
@@ -46,6 +48,11 @@ class SiteStep:
         residual_half: the residual that is read or written is such a half.
         keeps_output: the next step reads this step's output.
         keeps_residual: a later step reads the stored residual.
+        branch: which of a step's calls it is; each has a state of its own.
+        takes: it computes nothing and takes the output that the first call of the step hands over.
+        takes_residual: it takes the first call's residual, too.
+        hands: it hands its output to the step's second call.
+        hands_residual: and its residual.
     """
 
     action: SiteAction
@@ -53,36 +60,54 @@ class SiteStep:
     residual_half: bool = False
     keeps_output: bool = False
     keeps_residual: bool = False
+    branch: int = 0
+    takes: bool = False
+    takes_residual: bool = False
+    hands: bool = False
+    hands_residual: bool = False
+
+    @property
+    def runs(self) -> bool:
+        """Whether its region is computed."""
+        return self.action.method.computes and not self.takes
+
+    def kept_bytes(self, shape: SiteShape) -> int:
+        """Bytes of its own state held after it."""
+        output = shape.output_numel // (2 if self.output_half else 1) if self.keeps_output else 0
+        residual = shape.residual_numel // (2 if self.residual_half else 1) if self.keeps_residual else 0
+        return (output + residual) * shape.itemsize
+
+    def handed_bytes(self, shape: SiteShape) -> int:
+        """Bytes that wait for the second call."""
+        return (shape.output_numel * self.hands + shape.residual_numel * self.hands_residual) * shape.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Every site's steps: ``rows[step][site]``, sites in the order of ``sites``."""
+    """Every site's calls: ``rows[call][site]``, sites in the order of ``sites``; a step is one call or two."""
 
     sites: tuple[str, ...]
     rows: tuple[tuple[SiteStep, ...], ...]
+    calls_per_step: int = 1
 
     @property
-    def steps(self) -> int:
-        """Number of steps."""
+    def calls(self) -> int:
+        """Number of calls of the denoiser."""
         return len(self.rows)
 
-    def row(self, step: int) -> dict[str, SiteStep]:
-        """What each site does at ``step``."""
-        return dict(zip(self.sites, self.rows[step], strict=True))
+    def row(self, call: int) -> dict[str, SiteStep]:
+        """What each site does at ``call``."""
+        return dict(zip(self.sites, self.rows[call], strict=True))
 
     def state_bytes(self, shapes: Mapping[str, SiteShape]) -> tuple[int, ...]:
-        """Bytes of state held after each step, with each site's sizes from ``shapes``."""
+        """Bytes of state held after each call, with each site's sizes from ``shapes``."""
         totals = []
-        for row in self.rows:
-            total = 0
-            for site, entry in zip(self.sites, row, strict=True):
-                shape = shapes[site]
-                if entry.keeps_output:
-                    total += shape.output_numel * shape.itemsize // (2 if entry.output_half else 1)
-                if entry.keeps_residual:
-                    total += shape.residual_numel * shape.itemsize // (2 if entry.residual_half else 1)
-            totals.append(total)
+        for call, row in enumerate(self.rows):
+            recent = self.rows[max(0, call + 1 - self.calls_per_step) : call]
+            shown = [pair for r in (*recent, row) for pair in zip(self.sites, r, strict=True)]
+            held = [entry.kept_bytes(shapes[site]) for site, entry in shown]
+            waits = [entry.handed_bytes(shapes[site]) for site, entry in zip(self.sites, row, strict=True)]
+            totals.append(sum(held) + sum(waits))
         return tuple(totals)
 
 
@@ -93,9 +118,10 @@ def make_schedule(plan: Plan, sites: Sequence[str]) -> Schedule:
     for site in sites:
         full = (Method.FULL,) * plan.steps
         methods = tuple(row[known[site]] for row in plan.methods) if site in known else full
-        columns.append(column_steps(methods))
-    rows = tuple(zip(*columns, strict=True)) if columns else ((),) * plan.steps
-    return Schedule(tuple(sites), rows)
+        columns.append(column_steps(methods) if plan.calls_per_step == 1 else column_calls(methods))
+    count = plan.steps * plan.calls_per_step
+    rows = tuple(zip(*columns, strict=True)) if columns else ((),) * count
+    return Schedule(tuple(sites), rows, plan.calls_per_step)
 
 
 def column_steps(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
@@ -118,6 +144,49 @@ def column_steps(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
             )
         )
     return tuple(entries)
+
+
+def column_calls(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
+    """One site's calls, two a step, conditional first; ``+cfg`` lets the second take what the first computed."""
+    first = column_steps([_ALONE.get(method, method) for method in methods])
+    calls: list[SiteStep] = []
+    for step, method in enumerate(methods):
+        read_later = _second_reads(methods, step)
+        hands_residual = method is Method.FULL_CFG and read_later
+        entry = first[step]
+        writes = entry.action.writes_residual or hands_residual
+        calls.append(
+            replace(
+                entry,
+                action=replace(entry.action, writes_residual=writes),
+                hands=method.shares_cfg,
+                hands_residual=hands_residual,
+            )
+        )
+        calls.append(
+            SiteStep(
+                SiteAction(_ALONE.get(method, method), writes_residual=method is Method.FULL and read_later),
+                keeps_output=_cached_follows(methods, step),
+                keeps_residual=read_later,
+                branch=1,
+                takes=method.shares_cfg,
+                takes_residual=hands_residual,
+            )
+        )
+    return tuple(calls)
+
+
+_ALONE: Final = {Method.FULL_CFG: Method.FULL, Method.WINDOW_CFG: Method.WINDOW}
+
+
+def _second_reads(methods: Sequence[Method], step: int) -> bool:
+    """Whether the second call reads a residual after ``step``, at a window step that it computes itself."""
+    for method in methods[step + 1 :]:
+        if method.refreshes:
+            return False
+        if method is Method.WINDOW:
+            return True
+    return False
 
 
 def open_step(methods: Sequence[Method]) -> SiteStep:

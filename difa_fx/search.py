@@ -24,6 +24,7 @@ from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, AttentionSite, find_attention
 from difa_fx.passes.partition import partition
 from difa_fx.passes.rewrite import RewriteSettings
+from difa_fx.passes.window_attention import fitted
 from difa_fx.plan import CFGOrder, Method, Plan
 from difa_fx.plan_rules import Window
 from difa_fx.program import Call, ProgramBuilder, State
@@ -88,6 +89,7 @@ class SearchGraph:
         rewriting = RewriteSettings(
             window=settings.window, second=settings.cfg == "uncond_first", kernel=settings.window_kernel
         )
+        attention = replace(attention, sites=tuple(fitted(site, settings.window) for site in attention.sites))
         self.sites: tuple[AttentionSite, ...] = attention.sites
         self.shapes: dict[str, SiteShape] = {site.path: site.shape for site in self.sites}
         self.attention, self.candidates, self.work = attention, tuple(candidates), 0.0
@@ -103,7 +105,7 @@ class SearchGraph:
     @property
     def cuda(self) -> bool:
         """Whether its values lie on a CUDA device."""
-        value = self.sites[0].anchor.meta["val"]
+        value = self.sites[0].outputs[0].meta["val"]
         return bool(value.device.type == "cuda")
 
     def structure(self, number: int) -> str:

@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from difa_fx.passes.graph_tools import arg, shape_of, tensor_inputs, tensor_of
+from difa_fx.passes.opaque_attention import is_opaque_attention
 
 aten = torch.ops.aten
 
@@ -70,6 +71,8 @@ def follow(node: fx.Node, axes: Axes) -> Step | None:
         target = node.target
         if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
             rule = _broadcast
+        elif is_opaque_attention(node):
+            rule = _opaque_attention
         else:
             raise LostBatchError(node, "no rule says how this operation carries the batch")
     return rule(node, axes)
@@ -363,6 +366,15 @@ def _attention(node: fx.Node, axes: Axes) -> Step:
     if from_right <= 2:
         raise LostBatchError(node, "it mixes along the batch")
     return Step(axis, _align(node, tensor_inputs(node), axes, from_right, shape_of(lead)[axis]))
+
+
+def _opaque_attention(node: fx.Node, axes: Axes) -> Step:
+    """Whatever the order of its other axes, the batch is outermost in [B, N, H, D] and [B, H, N, D]."""
+    lead, axis = _lead(node, axes)
+    if axis != 0 or len(shape_of(lead)) != 4:
+        raise LostBatchError(node, "the batch is not at axis 0 of [B, N, H, D]")
+    sources = [n for n in tensor_inputs(node) if len(shape_of(n)) == 4]
+    return Step(0, _align(node, sources, axes, 4, shape_of(lead)[0]))
 
 
 @_rule(aten.layer_norm.default, aten.rms_norm.default)

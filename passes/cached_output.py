@@ -8,28 +8,33 @@ After::
 
     output_in -> cached_output -> y -> gate, residual -> ...
 
-Everything that nothing else reads - projections, norm, modulation - is dead then and leaves the graph.
+A joint attention has two outputs, and each gives way to its own.  Everything that nothing else reads - projections,
+norm, modulation - is dead then and leaves the graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from difa_fx import attention
-from difa_fx.passes.find_attention import AttentionSite
+from difa_fx.passes.sites import AttentionSite
 
 
-def cached_output(graph: fx.Graph, site: AttentionSite, state: fx.Node, *, shared_axis: int | None) -> fx.Node:
-    """Replace the output of ``site`` by ``state``; returns the node that stands for it.
+def cached_output(
+    graph: fx.Graph, site: AttentionSite, states: Sequence[fx.Node], *, shared_axes: Sequence[int] | None
+) -> None:
+    """Replace each output of ``site`` by its state.
 
     Args:
         graph: a block's graph, edited in place.
-        state: the placeholder of the stored output.
-        shared_axis: the batch axis when the state holds the conditional half alone, else None.
+        states: the placeholders of the stored outputs.
+        shared_axes: the batch axes when the states hold the conditional half alone, else None.
     """
-    with graph.inserting_before(site.output):
-        node = graph.call_function(attention.cached_output, (state,))
-        if shared_axis is not None:
-            node = graph.call_function(attention.cfg_shared, (node,), {"axis": shared_axis})
-    site.output.replace_all_uses_with(node)
-    return node
+    for index, (output, state) in enumerate(zip(site.outputs, states, strict=True)):
+        with graph.inserting_before(output):
+            node = graph.call_function(attention.cached_output, (state,))
+            if shared_axes is not None:
+                node = graph.call_function(attention.cfg_shared, (node,), {"axis": shared_axes[index]})
+        output.replace_all_uses_with(node)

@@ -23,6 +23,8 @@ aten = torch.ops.aten
 
 _ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_async.msg}
 
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
 
 
@@ -80,6 +82,9 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
     for node in list(graph.nodes):
         if node.target in _ASSERTIONS:
             graph.erase_node(node)
+        elif node.target in _VIEWS:
+            # The same on what is here, and still right when a rewrite gives its input another layout.
+            node.target = aten.reshape.default
     _fold_noops(graph)
     remove_dead(graph)
     graph.lint()

@@ -23,8 +23,8 @@ from torch import fx
 
 from difa_fx import attention
 from difa_fx.passes.batch_axis import Step, follow
-from difa_fx.passes.find_attention import AttentionSite
 from difa_fx.passes.graph_tools import evaluate
+from difa_fx.passes.sites import AttentionSite
 
 aten = torch.ops.aten
 
@@ -52,18 +52,21 @@ def cfg_shared(graph: fx.Graph, site: AttentionSite, *, second: bool) -> Attenti
         The site at half batch, in the same graph; what read its output reads both halves made from it.
     """
     halver = _Halver(graph, site.axes, second)
-    with graph.inserting_before(site.output):
+    last = site.region[-1]
+    with graph.inserting_before(last):
         for node in site.region:
             halver.copy(node)
-        output = halver.copies[site.output]
-        shared = graph.call_function(attention.cfg_shared, (output,), {"axis": site.axes[site.output]})
-    site.output.replace_all_uses_with(shared)
+    for output, axis in zip(site.outputs, site.output_axes, strict=True):
+        with graph.inserting_before(last):
+            shared = graph.call_function(attention.cfg_shared, (halver.copies[output],), {"axis": axis})
+        output.replace_all_uses_with(shared)
+    new = {**halver.halves, **halver.copies}
     return replace(
         site,
-        anchor=halver.copies[site.anchor],
-        source=halver.halves.get(site.source, site.source),
-        output=output,
-        region=tuple(halver.copies[node] for node in site.region),
+        call=site.call.moved(new),
+        sources=tuple(new.get(source, source) for source in site.sources),
+        outputs=tuple(new[output] for output in site.outputs),
+        region=tuple(new[node] for node in site.region),
         axes={},
     )
 

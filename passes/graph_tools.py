@@ -81,16 +81,35 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     return list(dict.fromkeys(node.all_input_nodes))
 
 
-def descendants(roots: Iterable[fx.Node]) -> set[fx.Node]:
-    """``roots`` and every node that depends on one of them."""
+_SHAPED_LIKE = {
+    torch.ops.aten.new_zeros.default,
+    torch.ops.aten.new_ones.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_full.default,
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.ones_like.default,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.full_like.default,
+}
+"""Operations that read nothing but the shape of what they are given."""
+
+
+def descendants(roots: Iterable[fx.Node], *, values: bool = False) -> set[fx.Node]:
+    """``roots`` and every node that depends on one of them; with ``values``, on more than its shape."""
     found = set(roots)
     stack = list(found)
     while stack:
-        for user in stack.pop().users:
-            if user not in found:
+        node = stack.pop()
+        for user in node.users:
+            if user not in found and not (values and _takes_shape_alone(user, node)):
                 found.add(user)
                 stack.append(user)
     return found
+
+
+def _takes_shape_alone(user: fx.Node, node: fx.Node) -> bool:
+    overwritten = user.target is torch.ops.aten.copy.default and user.args[1] is not node
+    return overwritten or user.target in _SHAPED_LIKE
 
 
 def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:

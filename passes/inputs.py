@@ -24,6 +24,7 @@ _TIMESTEP_NAMES = (
     "c_noise",
 )
 _LATENT_NAMES = ("hidden_states", "sample", "latents", "latent_model_input", "x", "img", "z")
+_LABEL = re.compile(r"label|class|guidance|style|^y$")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
 
@@ -53,10 +54,11 @@ def denoiser_inputs(canonical: CanonicalGraph) -> DenoiserInputs:
 
 
 def source_name(source: str) -> str:
-    """The user's name for an input, from Dynamo's: ``L['timestep']`` is ``timestep``."""
+    """The user's name for an input, from Dynamo's: ``L['timestep']`` is ``timestep``, ``L['args'][0]`` ``args[0]``."""
     quoted = re.findall(r"\['([^']+)'\]", source)
     words = quoted or _IDENTIFIER.findall(source.removeprefix("l_"))
-    return str(words[-1]).strip("_") if words else source
+    index = re.search(r"\[\d+\]$", source)
+    return str(words[-1]).strip("_") + (index.group() if index else "") if words else source
 
 
 def _latents(canonical: CanonicalGraph, nodes: list[fx.Node], names: list[str], dynamic: list[int]) -> int | None:
@@ -90,5 +92,8 @@ def _timestep(nodes: list[fx.Node], names: list[str], dynamic: list[int], batch:
         named = [position for position in fitting if names[position] == name]
         if named:
             return named[0]
-    floating = [p for p in fitting if nodes[p].meta["val"].is_floating_point()]
+    others = [p for p in fitting if not _LABEL.search(names[p])]
+    if len(others) == 1:
+        return others[0]
+    floating = [p for p in others if nodes[p].meta["val"].is_floating_point()]
     return floating[0] if len(floating) == 1 else None

@@ -21,15 +21,15 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from difa_fx.passes.canonicalize import CanonicalGraph
-from difa_fx.passes.find_attention import AttentionSite
 from difa_fx.passes.graph_tools import ancestors, calls, crossing_value, output_values
+from difa_fx.passes.sites import AttentionSite
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +55,7 @@ class Segment:
     signature: str
 
     def __post_init__(self) -> None:
-        assert self.site is None or self.outputs == (self.site.output,), "a region yields its output alone"
+        assert self.site is None or set(self.outputs) <= set(self.site.outputs), "a region yields its outputs alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,8 @@ def partition(canonical: CanonicalGraph, sites: Sequence[AttentionSite]) -> Part
     """Cut a canonical graph at ``sites``; its nodes are put in the order of the segments."""
     graph = canonical.gm.graph
     place = _assign(graph, [_closed_region(site) for site in sites])
-    _hoist_shared(graph, place)
+    merged = _hoist_shared(graph, place)
+    sites = [replace(site, call=site.call.moved(merged)) for site in sites]
     _sort(graph, place)
     returned = {node for node in output_values(graph) if isinstance(node, fx.Node)}
     members: dict[int, list[fx.Node]] = {}
@@ -113,7 +114,7 @@ def _closed_region(site: AttentionSite) -> set[fx.Node]:
     A key or value that is read elsewhere too is left to the trunk, with all that it is computed from.
     """
     region = set(site.region)
-    leaking = [n for n in region if n is not site.output and not region.issuperset(n.users)]
+    leaking = [n for n in region if n not in site.outputs and not region.issuperset(n.users)]
     return region - ancestors(leaking) if leaking else region
 
 
@@ -136,8 +137,9 @@ def _assign(graph: fx.Graph, regions: Sequence[set[fx.Node]]) -> dict[fx.Node, i
     return place
 
 
-def _hoist_shared(graph: fx.Graph, place: dict[fx.Node, int]) -> None:
-    """Move what several trunks share to trunk 0, and merge what they compute alike."""
+def _hoist_shared(graph: fx.Graph, place: dict[fx.Node, int]) -> dict[fx.Node, fx.Node]:
+    """Move what several trunks share to trunk 0, and merge what they compute alike; gives what stands for what."""
+    merged: dict[fx.Node, fx.Node] = {}
     numbers = _value_numbers(graph, place)
     owners: dict[int, set[int]] = {}
     for node, number in numbers.items():
@@ -150,6 +152,7 @@ def _hoist_shared(graph: fx.Graph, place: dict[fx.Node, int]) -> None:
             continue
         if number in first:
             node.replace_all_uses_with(first[number])
+            merged[node] = first[number]
             graph.erase_node(node)
             del place[node]
         else:
@@ -162,6 +165,7 @@ def _hoist_shared(graph: fx.Graph, place: dict[fx.Node, int]) -> None:
     for node in calls(graph):
         if node.target is operator.getitem:
             place[node] = place[node.all_input_nodes[0]]
+    return merged
 
 
 def _hoist(node: fx.Node, place: dict[fx.Node, int]) -> None:

@@ -19,11 +19,11 @@ from difa_fx._torch import FakeTensor, propagate
 from difa_fx.errors import SiteError
 from difa_fx.passes.cached_output import cached_output
 from difa_fx.passes.cfg_shared import cfg_shared
-from difa_fx.passes.find_attention import AttentionSite
 from difa_fx.passes.graph_tools import crossing_value, output_values, placeholders, remove_dead
 from difa_fx.passes.partition import Segment, extract
+from difa_fx.passes.sites import AttentionSite
 from difa_fx.passes.window_attention import window_attention, window_residual
-from difa_fx.plan import Method
+from difa_fx.plan import Method, Window
 from difa_fx.schedule import SiteAction, SiteStep
 
 
@@ -46,12 +46,12 @@ class RewriteSettings:
     """What a plan and the options say about every site.
 
     Attributes:
-        window: tokens to either side.
+        window: how far tokens see at a window step.
         second: whether the conditional half of the batch is the second one.
         kernel: the ``window_kernel`` option.
     """
 
-    window: int
+    window: Window
     second: bool
     kernel: str
 
@@ -74,7 +74,8 @@ def rewrite(segment: Segment, action: SiteAction | None, settings: RewriteSettin
         check_possible(segment.site, action.method)
         outputs = _act(graph, segment.site.moved(moved), action, settings)
         if action.method.shares_cfg:
-            expected = [half_of(expected[0], segment.site.axes[segment.site.output])]
+            axes = [segment.site.axes[node] for node in segment.outputs]
+            expected = [half_of(value, axis) for value, axis in zip(expected, axes, strict=True)]
         graph.output_node().args = (tuple(outputs),)
     remove_dead(graph)
     graph.lint()
@@ -121,14 +122,16 @@ def rewrite_step(
     for original in sites:
         site, entry = original.moved(moved), row[original.path]
         if entry.action.method is Method.CACHED:
-            axis = site.axes[site.output] if entry.output_half else None
-            value = site.output.meta["val"]
-            state = _add_input(graph, "output_in", value if axis is None else half_of(value, axis))
-            cached_output(graph, site, state, shared_axis=axis)
+            axes = site.output_axes if entry.output_half else None
+            values = [output.meta["val"] for output in site.outputs]
+            if axes is not None:
+                values = [half_of(value, axis) for value, axis in zip(values, axes, strict=True)]
+            states = [_add_input(graph, "output_in", value) for value in values]
+            cached_output(graph, site, states, shared_axes=axes)
             continue
         half = entry.residual_half and not entry.action.method.shares_cfg
-        _, *residual = _act(graph, site, entry.action, settings, half_residual=half)
-        written += residual
+        made = _act(graph, site, entry.action, settings, half_residual=half)
+        written += made[len(site.outputs) :]
     graph.output_node().args = ((*output_values(graph), *written),)
     remove_dead(graph)
     graph.lint()
@@ -144,7 +147,7 @@ def _act(
     *,
     half_residual: bool = False,
 ) -> list[fx.Node]:
-    """Make ``site`` do ``action``; the node of its output, and of the residual if it writes one.
+    """Make ``site`` do ``action``; the nodes of its outputs, and of the residual if it writes one.
 
     ``half_residual``: the residual it reads for the whole batch holds the conditional half alone.
     """
@@ -165,8 +168,8 @@ def _act(
         )
     if action.writes_residual:
         missed = window_residual(graph, site, window=settings.window, kernel=settings.kernel)
-        return [site.output, missed]
-    return [site.output]
+        return [*site.outputs, missed]
+    return list(site.outputs)
 
 
 def residual_axis(site: AttentionSite) -> int:
@@ -174,14 +177,14 @@ def residual_axis(site: AttentionSite) -> int:
 
     Raises KeyError when the batch is not followed there.
     """
-    axis = site.axes[site.anchor]
+    axis = site.call.batch_axis(site.axes[site.call.result])
     return {1: 2, 2: 1}.get(axis, axis)
 
 
 def _stored_residual(site: AttentionSite) -> Tensor:
-    value = site.anchor.meta["val"]
+    value = site.call.q.meta["val"]
     assert isinstance(value, FakeTensor)
-    batch, heads, tokens, width = value.shape
+    batch, heads, tokens, width = site.call.q_shape
     with value.fake_mode:
         return torch.empty((batch, tokens, heads, width), dtype=value.dtype, device=value.device)
 

@@ -1,4 +1,4 @@
-"""window_attention: full attention gives way to a band plus the residual stored at a full step.
+"""window_attention: full attention gives way to a window plus the residual stored at a full step.
 
 Before::
 
@@ -12,18 +12,27 @@ After, at a full step whose residual a later step reads::
 
     q, k, v -> scaled_dot_product_attention -> ...
     q, k, v, its result  -> window_residual -> (handed out)
+
+However the model spells its attention, the window's takes and gives [B, H, N, D]; what turns the one into the other
+are views.  Full attention stays as the model has it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from difa_fx import attention
-from difa_fx.passes.find_attention import AttentionSite
-from difa_fx.passes.graph_tools import arg, shape_of, tensor_of
+from difa_fx.passes.attention_call import AttentionCall
+from difa_fx.passes.graph_tools import evaluate, tensor_of
+from difa_fx.passes.sites import AttentionSite
+from difa_fx.plan import Method, Window
+
+aten = torch.ops.aten
 
 
 def window_attention(
@@ -31,53 +40,127 @@ def window_attention(
     site: AttentionSite,
     stored: fx.Node,
     *,
-    window: int,
+    window: Window,
     kernel: str,
     shared_axis: int | None,
 ) -> fx.Node:
-    """Replace the anchor of ``site`` by window attention plus ``stored``; returns its node.
+    """Let a window and ``stored`` stand for the attention of ``site``; returns the node that takes its place.
 
     Args:
         graph: a block's graph, edited in place.
         stored: the placeholder of the residual, [B, N, H, D].
-        window: tokens to either side.
+        window: how far tokens see.
         kernel: the ``window_kernel`` option.
         shared_axis: the batch axis when the residual holds the conditional half alone, else None.
     """
-    with graph.inserting_before(site.anchor):
+    result = site.call.result
+    with graph.inserting_before(result):
         if shared_axis is not None:
             stored = graph.call_function(attention.cfg_shared, (stored,), {"axis": shared_axis})
-        args, settings = _banded(graph, site, window, kernel)
+        args, settings = _windowed(graph, site, window, kernel)
         node = graph.call_function(attention.window_attention, args, settings | {"residual_BNHD": stored})
-    site.anchor.replace_all_uses_with(node)
+        node.meta["val"] = args[0].meta["val"]
+        node = _as_before(graph, site.call, node)
+    result.replace_all_uses_with(node)
     return node
 
 
-def window_residual(graph: fx.Graph, site: AttentionSite, *, window: int, kernel: str) -> fx.Node:
+def window_residual(graph: fx.Graph, site: AttentionSite, *, window: Window, kernel: str) -> fx.Node:
     """Full minus window attention of ``site``, [B, N, H, D], as a new node that nothing reads yet."""
-    with graph.inserting_before(site.anchor.next):
-        args, settings = _banded(graph, site, window, kernel)
-        return graph.call_function(attention.window_residual, (site.anchor, *args), settings)
+    with graph.inserting_before(site.call.result.next):
+        full = _heads_first(graph, site.call, site.call.result)
+        args, settings = _windowed(graph, site, window, kernel)
+        return graph.call_function(attention.window_residual, (full, *args), settings)
 
 
-def _banded(graph: fx.Graph, site: AttentionSite, window: int, kernel: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What both functions take: queries, keys, values, mask and the band's constants; and the settings."""
-    anchor = site.anchor
-    mask = arg(anchor, "attn_mask")
-    q = anchor.args[0]
-    assert isinstance(q, fx.Node)
-    value = tensor_of(q)
+def fitted(site: AttentionSite, window: Window, *, calls_per_step: int = 1) -> AttentionSite:
+    """``site`` with the methods refused that it cannot do under a plan's window and guidance.
+
+    Where the halves of guidance are two calls, no half of a batch is taken, and what the batch forbids is possible.
+    """
+    refused = dict(site.refused)
+    if calls_per_step == 2:
+        refused = {m: why for m, why in refused.items() if not m.shares_cfg}
+    tokens = site.shape.tokens - sum(site.text)
+    if not isinstance(window, int) and math.prod(window.grid) != tokens:
+        reason = f"the window's grid {window.grid} has {math.prod(window.grid)} tokens, and the site {tokens}"
+        refused.setdefault(Method.WINDOW, reason)
+    if Method.WINDOW in refused:
+        refused.setdefault(Method.WINDOW_CFG, refused[Method.WINDOW])
+    return replace(site, refused=refused)
+
+
+def _windowed(
+    graph: fx.Graph, site: AttentionSite, window: Window, kernel: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What both functions take: queries, keys, values, mask and the window's constants; and the settings."""
+    call = site.call
+    q = _heads_first(graph, call, call.q)
+    k = _heads_first(graph, call, call.k, transposed=call.keys_transposed)
+    v = _heads_first(graph, call, call.v)
+    queries, shared = call.heads
+    if queries != shared:
+        k, v = (_added(graph, aten.repeat_interleave.self_int, n, queries // shared, 1) for n in (k, v))
+    mask = None if call.mask is None else _mask(graph, call)
+    like = _real_like(tensor_of(q))
+    tokens = site.shape.tokens - sum(site.text)
+    grid, size = ((tokens,), (window,)) if isinstance(window, int) else (window.grid, window.size)
+    shape: dict[str, Any] = {"grid": grid, "size": size, "text": site.text}
+    chosen = attention.choose_kernel(kernel, like=like, masked=mask is not None, **shape)
+    tensors = attention.window_tensors(chosen, like=like, **shape)
+    name = "_".join(map(str, ("window", *grid, *size, *site.text)))
+    constants = [_constant(graph, f"{name}_{i}", tensor) for i, tensor in enumerate(tensors)]
+    return (q, k, v, mask, *constants), shape | {"scale": call.scale, "kernel": chosen}
+
+
+def _heads_first(graph: fx.Graph, call: AttentionCall, node: fx.Node, *, transposed: bool = False) -> fx.Node:
+    """``node``, which is in the layout of ``call``, as [B, H, N, D]."""
+    if transposed:
+        node = _added(graph, aten.transpose.int, node, -2, -1)
+    if call.layout == "BNHD":
+        return _added(graph, aten.transpose.int, node, 1, 2)
+    value = tensor_of(node)
     assert value is not None
-    tokens = shape_of(q)[-2]
-    chosen = attention.choose_kernel(kernel, like=value, tokens=tokens, window=window, masked=mask is not None)
-    tensors = attention.band_tensors(chosen, tokens=tokens, window=window, like=_real_like(value))
-    band = [_constant(graph, f"band_{window}_{i}", tensor) for i, tensor in enumerate(tensors)]
-    settings = {"window": window, "scale": arg(anchor, "scale"), "kernel": chosen}
-    return (*anchor.args[:3], mask, *band), settings
+    for _ in range(4 - value.ndim):
+        node = _added(graph, aten.unsqueeze.default, node, 0)
+    return node
 
 
-def _real_like(value: Tensor) -> Tensor:
+def _as_before(graph: fx.Graph, call: AttentionCall, node: fx.Node) -> fx.Node:
+    """The result as the model's own attention would yield it."""
+    want = tensor_of(call.result)
+    assert want is not None
+    if call.layout == "BNHD":
+        node = _added(graph, aten.transpose.int, node, 1, 2)
+    for _ in range(4 - want.ndim):
+        node = _added(graph, aten.squeeze.dim, node, 0)
+    value = tensor_of(node)
+    assert value is not None
+    return node if value.dtype == want.dtype else _added(graph, aten.to.dtype, node, want.dtype)
+
+
+def _mask(graph: fx.Graph, call: AttentionCall) -> fx.Node:
+    mask = call.mask
+    value = None if mask is None else tensor_of(mask)
+    assert mask is not None and value is not None
+    while value.ndim < 4:
+        mask = _added(graph, aten.unsqueeze.default, mask, 0)
+        value = cast(Tensor, mask.meta["val"])
+    q = tensor_of(call.q)
+    assert q is not None
+    exact = value.dtype in (torch.bool, q.dtype)
+    return mask if exact else _added(graph, aten.to.dtype, mask, q.dtype)
+
+
+def _added(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    evaluate(node)
+    return node
+
+
+def _real_like(value: Tensor | None) -> Tensor:
     """An empty real tensor of the dtype and device of a fake one."""
+    assert value is not None
     return torch.empty(0, dtype=value.dtype, device=value.device)
 
 

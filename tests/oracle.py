@@ -9,7 +9,8 @@ For a site with projections P, output projection O, full attention A and attenti
 
 Nothing here is quick or small: masks are dense, everything is kept, and the package is never asked.
 A site is a module that calls ``F.scaled_dot_product_attention`` once; its forward is replaced for
-the length of one call.
+the length of one call.  A joint attention may give a tuple, the image's y and the text's; its window
+cuts image tokens from image tokens alone.
 
 Letters: B batch, H heads, N queries, M keys, D head width.
 """
@@ -45,14 +46,17 @@ class OracleError(AssertionError):
 class Oracle:
     """Runs ``model`` under ``plan``; the model is as it was after every call.
 
+    Args:
+        text: how many text tokens stand before and after the image's, by site; none where it says nothing.
+
     Attributes:
-        outputs: each site's last y, for the whole batch.
+        outputs: each site's last y, for the whole batch; a tuple of them where there are several.
         residuals: each site's last r, for the whole batch, in at least float32.
     """
 
-    def __init__(self, model: nn.Module, plan: PlanLike) -> None:
-        self.model, self.plan = model, plan
-        self.outputs: dict[str, Tensor] = {}
+    def __init__(self, model: nn.Module, plan: PlanLike, text: Mapping[str, tuple[int, int]] | None = None) -> None:
+        self.model, self.plan, self.text = model, plan, text or {}
+        self.outputs: dict[str, Any] = {}
         self.residuals: dict[str, Tensor] = {}
 
     def __call__(self, step: int, *args: Any, **kwargs: Any) -> Any:
@@ -87,15 +91,15 @@ class Oracle:
         if kind not in ("full", "window", "cached") or shared not in ("", "cfg"):
             raise OracleError(f"{path}: unknown method {method!r}")
 
-        def run(*args: Any, **kwargs: Any) -> Tensor:
+        def run(*args: Any, **kwargs: Any) -> Any:
             called.append(path)
             if kind == "cached":
-                return self.outputs[path].clone()
+                return each(torch.clone, self.outputs[path])
             y, r = self._compute(path, kind, bool(shared), forward, args, kwargs)
-            self.outputs[path] = self._both(y) if shared else y
+            self.outputs[path] = each(self._both, y) if shared else y
             if r is not None:
                 self.residuals[path] = self._both(r) if shared else r
-            return self.outputs[path].clone()
+            return each(torch.clone, self.outputs[path])
 
         return run
 
@@ -107,7 +111,7 @@ class Oracle:
         forward: Attend,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Any, Tensor | None]:
         """The site's y, and r of a full step; of the conditional half alone if ``shared``."""
         if shared:
             batch = first_tensor(args, kwargs).shape[0]
@@ -115,9 +119,12 @@ class Oracle:
             kwargs = {name: self._cond(arg, batch) for name, arg in kwargs.items()}
         made: list[Tensor | None] = []
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+            q, k, v = query, key, value
             full = dense_attention(q, k, v, *rest, **options)
-            windowed = dense_attention(q, k, v, *rest, **options, window=self.plan.window)
+            windowed = dense_attention(
+                q, k, v, *rest, **options, window=self.plan.window, text=self.text.get(path, (0, 0))
+            )
             if kind == "full":
                 made.append(full - windowed)
                 return full.to(q.dtype)
@@ -160,15 +167,19 @@ def dense_attention(
     enable_gqa: bool = False,
     *,
     window: int | None = None,
+    text: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Attention written out, [B, H, N, D] in at least float32; a row without any key gives zeros.
 
     Args:
         attn_mask: bool (True: may be seen) or added to the scores; broadcasts to [B, H, N, M].
         window: only keys at most so many tokens away are seen; None: all.
+        text: tokens before and after the image's, which see and are seen by all.
     """
-    if dropout_p or is_causal or enable_gqa:
-        raise OracleError("dropout, causal and grouped attention are not followed")
+    if dropout_p or is_causal:
+        raise OracleError("dropout and causal attention are not followed")
+    if enable_gqa:
+        k_BHMD, v_BHMD = (t.repeat_interleave(q_BHND.shape[1] // t.shape[1], 1) for t in (k_BHMD, v_BHMD))
     dtype = torch.promote_types(q_BHND.dtype, torch.float32)
     q, k, v = (tensor.to(dtype) for tensor in (q_BHND, k_BHMD, v_BHMD))
     scores_BHNM = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -178,6 +189,9 @@ def dense_attention(
         scores_BHNM = scores_BHNM.masked_fill(~attn_mask, -torch.inf)
     if window is not None:
         band_NM = band(scores_BHNM.shape[-2], scores_BHNM.shape[-1], window).to(q.device)
+        for at in (slice(0, text[0]), slice(len(band_NM) - text[1], len(band_NM))):
+            band_NM[at] = True
+            band_NM[:, at] = True
         scores_BHNM = scores_BHNM.masked_fill(~band_NM, -torch.inf)
     unseen = (scores_BHNM == -torch.inf).all(-1, keepdim=True)
     return scores_BHNM.softmax(-1).masked_fill(unseen, 0.0) @ v
@@ -187,6 +201,11 @@ def band(queries: int, keys: int, window: int) -> Tensor:
     """Bool [N, M]: whether key j is at most ``window`` tokens from query i."""
     distance_NM = torch.arange(queries)[:, None] - torch.arange(keys)[None, :]
     return distance_NM.abs() <= window
+
+
+def each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value``, or every tensor of it, changed."""
+    return tuple(map(change, value)) if isinstance(value, tuple) else change(value)
 
 
 def method_name(method: Any) -> str:

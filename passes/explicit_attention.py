@@ -1,0 +1,176 @@
+"""Attention spelled out: a product of queries and keys, a softmax, a product with values.
+
+    q @ k^T -> [scale, mask, casts] -> softmax -> [casts] -> @ v      [..., N, D]
+
+The scale may stand on either side of the first product, the mask may come as a sum or with ``baddbmm``, heads may be
+folded into the batch, and views may lie between.
+
+Letters: N tokens, M key tokens, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from difa_fx.passes.attention_call import AttentionCall, Layout, UnreadCall
+from difa_fx.passes.graph_tools import ancestors, arg, descendants, shape_of, tensor_of
+
+aten = torch.ops.aten
+
+SOFTMAX: Final = frozenset({aten.softmax.int, aten._softmax.default})
+_PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
+_CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.contiguous.default, aten.clone.default}
+_CASTS |= {aten.dropout.default, aten.type_as.default}
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+_VIEWS |= {aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints, aten.unflatten.int}
+
+
+@dataclass(slots=True)
+class _Scores:
+    """What lies between the product of queries and keys and the softmax, gathered on the way up."""
+
+    scale: float = 1.0
+    mask: fx.Node | None = None
+    masked_shape: tuple[int, ...] = ()
+    refused: str = ""
+
+
+def explicit_attention(softmax: fx.Node) -> AttentionCall | UnreadCall | None:
+    """The attention around a softmax, or None when its result weighs nothing."""
+    if tensor_of(softmax) is None or arg(softmax, "dim") not in (-1, len(shape_of(softmax)) - 1):
+        return None
+    weighed = _weighing(softmax)
+    if weighed is None:
+        return None
+    if isinstance(weighed, str):
+        return UnreadCall(softmax, weighed)
+    product, scores = _product(arg(softmax, "self"))
+    if product is None:
+        return UnreadCall(softmax, "its scores are no product of queries and keys")
+    left, right = _operands(product, scores)
+    value = weighed.args[1]
+    assert isinstance(value, fx.Node)
+    inner = descendants([product]) & ancestors([weighed])
+    nodes = tuple(node for node in softmax.graph.nodes if node in inner)
+    leak = [n for n in nodes if n is not weighed and not inner.issuperset(n.users)]
+    if leak:
+        return UnreadCall(softmax, "its scores or weights are read elsewhere too")
+    refused = scores.refused or _shape_refusal(left, right, value, weighed)
+    if not refused and scores.mask is not None and not _mask_fits(scores, left):
+        refused = "its mask is added in another shape than its queries have"
+    layout: Layout = "BHND" if len(shape_of(left)) >= 4 else "BND"
+    return AttentionCall(left, right, value, weighed, nodes, layout, True, scores.mask, scores.scale, refused=refused)
+
+
+def _weighing(softmax: fx.Node) -> fx.Node | str | None:
+    """The product with the values; a reason when it cannot be read; None when there is none."""
+    node = softmax
+    while True:
+        users = list(node.users)
+        products = [user for user in users if user.target in _PRODUCTS]
+        if products:
+            if len(users) > 1 or products[0].target is aten.baddbmm.default:
+                return "its weights are read elsewhere too"
+            return products[0] if products[0].args[0] is node else "its weights stand on the right of a product"
+        if len(users) != 1 or not _carries(users[0]):
+            return None
+        (node,) = users
+
+
+def _product(start: Any) -> tuple[fx.Node | None, _Scores]:
+    """Climb from the softmax's input to the product of queries and keys."""
+    found = _Scores()
+    node = start
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.target not in _PRODUCTS:
+        node = _above(node, found)
+    return (node if isinstance(node, fx.Node) and node.target in _PRODUCTS else None), found
+
+
+def _above(node: fx.Node, found: _Scores) -> fx.Node | None:
+    """The scores that ``node`` is made of; what it does to them goes into ``found``."""
+    target, source = node.target, node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if _carries(node):
+        return source
+    other = node.args[1] if len(node.args) > 1 else None
+    if target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(other, (int, float)):
+        found.scale *= other if target is aten.mul.Tensor else 1 / other
+        if found.mask is not None:
+            found.refused = "its mask is scaled"
+        return source
+    if target is aten.add.Tensor and isinstance(other, fx.Node) and not node.kwargs:
+        scores, mask = (source, other) if _leads_to_product(source) else (other, source)
+        if found.mask is not None:
+            found.refused = "it has two masks"
+        found.mask, found.masked_shape = mask, shape_of(node)
+        return scores
+    found.refused = f"its scores pass through {target}"
+    return source
+
+
+def _leads_to_product(node: fx.Node) -> bool:
+    while node.op == "call_function" and node.target not in _PRODUCTS:
+        if not _carries(node) and node.target not in (aten.mul.Tensor, aten.div.Tensor):
+            return False
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return False
+        node = source
+    return node.op == "call_function"
+
+
+def _carries(node: fx.Node) -> bool:
+    """Whether a node casts what it reads or gives it another shape, with the numbers in the same order."""
+    if node.target not in (aten.permute.default, aten.transpose.int):
+        return node.target in _CASTS or node.target in _VIEWS
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    before = tensor_of(source)
+    if before is None:
+        return False
+    order = list(range(before.ndim))
+    if node.target is aten.permute.default:
+        order = [d % before.ndim for d in arg(node, "dims")]
+    else:
+        one, other = arg(node, "dim0") % before.ndim, arg(node, "dim1") % before.ndim
+        order[one], order[other] = order[other], order[one]
+    moved = [axis for axis in order if before.shape[axis] != 1]
+    return moved == sorted(moved)
+
+
+def _operands(product: fx.Node, scores: _Scores) -> tuple[fx.Node, fx.Node]:
+    """Left and right operand of the product; ``baddbmm`` brings a scale and a mask of its own."""
+    if product.target is not aten.baddbmm.default:
+        left, right = product.args[0], product.args[1]
+        assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
+        return left, right
+    base, left, right = product.args[:3]
+    assert isinstance(base, fx.Node) and isinstance(left, fx.Node) and isinstance(right, fx.Node)
+    beta, alpha = arg(product, "beta"), arg(product, "alpha")
+    scores.scale *= alpha
+    if beta != 0:
+        if scores.mask is not None or beta != 1:
+            scores.refused = "its bias is scaled or comes twice"
+        scores.mask, scores.masked_shape = base, shape_of(product)
+    return left, right
+
+
+def _shape_refusal(q: fx.Node, keys_DM: fx.Node, v: fx.Node, result: fx.Node) -> str:
+    q_shape, v_shape, out = shape_of(q), shape_of(v), shape_of(result)
+    same = q_shape[:-2] == v_shape[:-2] == shape_of(keys_DM)[:-2] == out[:-2]
+    if not same or len(q_shape) not in (3, 4):
+        return "its queries, keys and values are not of one shape"
+    if math.prod(out[:-1]) != math.prod(q_shape[:-1]):
+        return "its result has another shape than its queries"
+    return ""
+
+
+def _mask_fits(scores: _Scores, q: fx.Node) -> bool:
+    """Whether the mask was added to scores that have as many axes as the queries."""
+    return len(scores.masked_shape) == len(shape_of(q)) and scores.mask is not None

@@ -1,0 +1,219 @@
+"""From an attention up to its projections and down to its output, by data flow.
+
+A projection is a product with a parameter.  Climbing from the queries stops at the first one; what it reads is a
+source.  Descending from the result passes at most one, and ends before the first operation whose other operand
+depends on anything but parameters: a gate made from the timestep is never inside a region.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from difa_fx.passes.batch_axis import LostBatchError
+from difa_fx.passes.graph_tools import block_of, module_path, shape_of, tensor_of, within
+from difa_fx.passes.token_axis import Known
+
+aten = torch.ops.aten
+
+_PROJECTIONS = {
+    aten.linear.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.mm.default: (0, 1),
+    aten.matmul.default: (0, 1),
+    aten.conv1d.default: (0, 1),
+    aten.conv2d.default: (0, 1),
+    aten.conv3d.default: (0, 1),
+}
+"""Operation to the positions of its data and its weight."""
+
+_WEIGHT_OUT_FIRST = {aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+
+_CARRIERS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.dropout.default,
+    aten.slice.Tensor,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+}
+"""Operations that only move or cast what they read."""
+
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
+
+
+@dataclass(slots=True)
+class Search:
+    """What the walk over one graph knows.
+
+    Attributes:
+        stream: what depends on the latents.
+        changing: what depends on any input of the denoiser.
+        from_parameters: what depends on none.
+        axes: the batch axis of what is followed from the latents.
+        lost: where the trail of the batch ends.
+        batch: B.
+        tokens: which tokens are text.
+        order: position of each node.
+    """
+
+    stream: set[fx.Node]
+    changing: set[fx.Node]
+    from_parameters: set[fx.Node]
+    axes: dict[fx.Node, int]
+    lost: dict[fx.Node, LostBatchError]
+    batch: int | None
+    tokens: Known
+    order: dict[fx.Node, int] = field(default_factory=dict)
+
+    def sorted(self, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+        """``nodes`` in graph order, without repeats."""
+        return tuple(sorted(set(nodes), key=self.order.__getitem__))
+
+
+def climb(start: fx.Node, search: Search) -> tuple[fx.Node, ...]:
+    """The projections that ``start`` is computed from, not looking beyond them."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    stack = [start]
+    while stack:
+        node = stack.pop()
+        if node in seen or node not in search.changing:
+            continue
+        seen.add(node)
+        if not is_projection(node, search):
+            stack.extend(node.all_input_nodes)
+        elif node in search.stream or _has_tokens(node):
+            found.add(node)
+    return search.sorted(found)
+
+
+def _has_tokens(node: fx.Node) -> bool:
+    """Whether a tensor holds more than one vector a sample, as text does and an embedding of the timestep does not."""
+    shape = shape_of(node)
+    return len(shape) >= 3 and shape[-2] > 1
+
+
+def is_projection(node: fx.Node, search: Search) -> bool:
+    """Whether ``node`` multiplies data by a parameter."""
+    positions = _PROJECTIONS.get(node.target)  # type: ignore[call-overload]
+    if positions is None:
+        return False
+    weight = node.args[positions[1]]
+    return isinstance(weight, fx.Node) and weight in search.from_parameters
+
+
+def data_of(projection: fx.Node) -> fx.Node:
+    """What a projection reads."""
+    source = projection.args[_PROJECTIONS[projection.target][0]]  # type: ignore[index]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def projection_flops(node: fx.Node) -> int:
+    """Operations of a projection; 0 for any other node."""
+    if node.target not in _PROJECTIONS:
+        return 0
+    data, weight = (node.args[i] for i in _PROJECTIONS[node.target])  # type: ignore[index]
+    assert isinstance(data, fx.Node) and isinstance(weight, fx.Node)
+    inner = shape_of(weight)[1:] if node.target in _WEIGHT_OUT_FIRST else shape_of(data)[-1:]
+    return 2 * math.prod(shape_of(node)) * math.prod(inner)
+
+
+def meeting(one: Collection[fx.Node], other: Collection[fx.Node], path: str, search: Search) -> fx.Node | None:
+    """The tensor that two sets of sources are both made from, within the block of ``path``; None without one.
+
+    Queries and keys may be projected from two norms of one tensor, or keys from what a strided convolution made of
+    it; then the region begins at that tensor.
+    """
+    chains = [list(_chain(source, path, search)) for source in (*one, *other)]
+    common = set(chains[0]).intersection(*chains[1:])
+    return next((node for node in chains[0] if node in common), None)
+
+
+def _chain(source: fx.Node, path: str, search: Search) -> Iterator[fx.Node]:
+    """``source`` and what it is made from, as long as that is one tensor of the latents' stream."""
+    block = block_of(path)
+    yield source
+    while source.op == "call_function" and within(module_path(source), block):
+        above = [node for node in source.all_input_nodes if node in search.stream]
+        if len(above) != 1 or tensor_of(above[0]) is None:
+            return
+        (source,) = above
+        yield source
+
+
+def descend(result: fx.Node, search: Search) -> tuple[fx.Node, ...]:
+    """The ends of the region below ``result``: one, or one for each part of a sequence that is split."""
+    ends: list[fx.Node] = []
+
+    def walk(node: fx.Node, last: fx.Node, projected: bool) -> None:
+        users = list(node.users)
+        if len(users) == 1 and users[0].op == "call_function":
+            (user,) = users
+            if is_projection(user, search) and data_of(user) is node:
+                if not projected:
+                    return walk(user, user, True)
+            elif user.target in _SPLITS:
+                return walk(user, last, projected)
+            elif _only_moves_or_scales(user, node, search) and tensor_of(user) is not None:
+                return walk(user, user, projected)
+        elif users and all(_selects(user) for user in users):
+            for user in users:
+                walk(user, user, projected)
+            return None
+        return ends.append(node if tensor_of(node) is not None else last)
+
+    walk(result, result, False)
+    return search.sorted(ends)
+
+
+def _selects(node: fx.Node) -> bool:
+    return node.target in (aten.slice.Tensor, operator.getitem, aten.narrow.default) or node.target in _SPLITS
+
+
+def _only_moves_or_scales(user: fx.Node, node: fx.Node, search: Search) -> bool:
+    others = [source for source in user.all_input_nodes if source is not node]
+    if user.target in _CARRIERS or user.target is operator.getitem:
+        return not others
+    scales = user.target in (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor)
+    return scales and all(source in search.from_parameters for source in others)
+
+
+def prelude(source: fx.Node, core: set[fx.Node], path: str, search: Search) -> tuple[fx.Node, set[fx.Node]]:
+    """Norm and modulation in front of the projections, as far as nothing else reads them.
+
+    They belong to the region: a ``+cfg`` step need not compute them for the half that it drops.
+
+    Returns:
+        The tensor they read, and the nodes.
+    """
+    found: set[fx.Node] = set()
+    block = block_of(path)
+    while (
+        source.op == "call_function"
+        and source not in core
+        and not is_projection(source, search)
+        and all(user in core or user in found for user in source.users)
+        and within(module_path(source), block)
+    ):
+        above = [node for node in source.all_input_nodes if node in search.stream]
+        if len(above) != 1 or tensor_of(above[0]) is None:
+            break
+        found.add(source)
+        (source,) = above
+    return source, found
