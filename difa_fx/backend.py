@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from difa_fx._torch import (
     apart_from_dynamo,
@@ -106,7 +106,10 @@ def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str
     assert options.plan is not None
     canonical = canonicalize(gm, inputs, sources=sources)
     found = find_attention(canonical)
-    owner_position = next((i for i, fixed in enumerate(canonical.static) if fixed), None)
+    if compilation.broken:
+        found = _named_as_in(options.plan, found)
+    static = [i for i, fixed in enumerate(canonical.static) if fixed]
+    owner_position = next((i for i in static if isinstance(inputs[i], nn.Parameter)), next(iter(static), None))
     owner = None if owner_position is None else inputs[owner_position]
     plan = options.plan
     if compilation.is_conditional_half(owner, found.inputs.batch):
@@ -150,6 +153,16 @@ def _fitted(plan: Plan, attention: Attention, compilation: Compilation) -> Plan:
         elif refused:
             plan = _without(plan, site, refused[0])
     return plan
+
+
+def _named_as_in(plan: Plan, found: Attention) -> Attention:
+    """``found`` in one of several graphs, whose paths may begin in the middle of the denoiser, named as in the plan."""
+
+    def name(path: str) -> str:
+        whole = [site for site in plan.sites if site == path or site.endswith(f".{path}")]
+        return whole[0] if len(whole) == 1 else path
+
+    return replace(found, sites=tuple(replace(site, path=name(site.path)) for site in found.sites))
 
 
 def _refuse_single_block(plan: Plan, paths: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ The worst fault of a step cache is state that outlives its generation.  The cloc
 the timestep it is shown is the one that comes next; it starts again, with all state dropped, when a generation
 begins; and everything else is an error.  Three sources of truth, best first:
 
-1. the scheduler of an attached pipeline, whose ``set_timesteps`` begins a generation and names its timesteps;
+1. the scheduler of an attached pipeline, whose ``set_timesteps`` begins a generation and names its timesteps, in
+   which the denoiser may be shown them as they are, as a share of the training steps, or counted from the other end;
 2. the plan's own ``timesteps``;
 3. neither: timesteps must go on in one direction.  A jump back begins a generation, which is always safe because
    the first step is full everywhere.  The first whole generation teaches the clock the timesteps, and from then
@@ -38,6 +39,7 @@ class Clock:
         calls: calls a step.
         position: the last call that ran; -1 before the first.  With one call a step it is the step.
         generation: grows with every beginning, so that holders of state can tell theirs is old.
+        span: steps of the scheduler's training, 1000 as a rule; 0 when unknown.
     """
 
     steps: int
@@ -46,6 +48,7 @@ class Clock:
     calls: int = 1
     position: int = -1
     generation: int = 0
+    span: float = 0.0
     _armed: bool = False
     _learned: bool = False
     _seen: list[float] = field(default_factory=list)
@@ -55,15 +58,15 @@ class Clock:
         """The timestep that the last call was shown."""
         return self._seen[-1] if self._seen else None
 
-    def begin(self, timesteps: Sequence[float] | None = None) -> None:
-        """A generation is about to start; ``timesteps`` are its scheduler's."""
+    def begin(self, timesteps: Sequence[float] | None = None, span: float = 0.0) -> None:
+        """A generation is about to start; ``timesteps`` and ``span`` are its scheduler's."""
         self.position = -1
         self.generation += 1
         self._armed = True
         self._seen.clear()
         if timesteps is not None:
             self.attached, self._learned = True, False
-            self.expected = tuple(float(t) for t in timesteps)
+            self.expected, self.span = tuple(float(t) for t in timesteps), span
 
     def release(self, timesteps: Sequence[float] | None) -> None:
         """The scheduler is detached; go by the plan's ``timesteps`` again."""
@@ -81,6 +84,8 @@ class Clock:
         Raises:
             ClockError: the call is not the one that comes next.
         """
+        if self.attached and self.position < 0 and timestep is not None and self.expected is not None:
+            self.expected = self._as_shown(timestep, self.expected, tolerance)
         call = self._next(timestep, tolerance)
         if call == 0 and self.position != -1:
             self.begin()
@@ -91,6 +96,15 @@ class Clock:
             if len(self._seen) == self.steps and self.expected is None:
                 self.expected, self._learned = tuple(self._seen), True
         return call
+
+    def _as_shown(self, timestep: float, scheduled: Sequence[float], tolerance: float) -> tuple[float, ...] | None:
+        """The scheduler's timesteps as the denoiser is shown them, told by the first; None when only it can tell."""
+        ways = [tuple(scheduled)]
+        if self.span:
+            ways.append(tuple(t / self.span for t in scheduled))
+            ways.append(tuple(1 - t / self.span for t in scheduled))
+            ways.append(tuple(self.span - t for t in scheduled))
+        return next((way for way in ways if _same(timestep, way[0], tolerance, largest=max(map(abs, way)))), None)
 
     def _next(self, timestep: float | None, tolerance: float) -> int:
         following = self.position + 1
@@ -122,7 +136,8 @@ class Clock:
 
     def _compared(self, timestep: float, expected: Sequence[float], call: int, tolerance: float) -> int:
         step = call // self.calls
-        if step < len(expected) and _same(timestep, expected[step], tolerance):
+        largest = max(map(abs, expected)) if self.attached else 0.0
+        if step < len(expected) and _same(timestep, expected[step], tolerance, largest):
             return call
         if not self.attached and _same(timestep, expected[0], tolerance):
             return 0
@@ -199,5 +214,6 @@ class Clock:
         return timestep != last and (timestep < last) != (last < before)
 
 
-def _same(value: float, expected: float, tolerance: float) -> bool:
-    return abs(value - expected) <= max(tolerance, 1e-6) * max(abs(expected), 1e-12)
+def _same(value: float, expected: float, tolerance: float, largest: float = 0.0) -> bool:
+    """Equal but for rounding, at the scale of the ``largest`` timestep of a generation where that is known."""
+    return abs(value - expected) <= max(tolerance, 1e-6) * max(abs(expected), largest, 1e-12)

@@ -93,7 +93,7 @@ def inspect(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
 
     def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         with apart_from_dynamo():
-            reports.append(_report(gm, inputs))
+            reports.append(report(gm, inputs))
         return gm.forward
 
     torch._dynamo.reset()
@@ -102,7 +102,8 @@ def inspect(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
     return tuple(reports)
 
 
-def _report(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphReport:
+def report(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphReport:
+    """What is found in one of Dynamo's graphs; ``inputs`` has a value for each placeholder."""
     canonical = canonicalize(gm, inputs, sources=input_sources(gm))
     found = find_attention(canonical)
     flops = _flops(canonical)

@@ -156,10 +156,16 @@ def _listen(scheduler: Any, denoiser: nn.Module, plan: Plan | None) -> None:
         timesteps = torch.as_tensor(scheduler.timesteps).detach().float().cpu().tolist()
         for expected in _plans(denoiser, plan):
             _check_steps(expected, timesteps)
-        registry.begin(denoiser, timesteps)
+        registry.begin(denoiser, timesteps, _training_steps(scheduler))
         return result
 
     scheduler.set_timesteps = set_timesteps
+
+
+def _training_steps(scheduler: Any) -> float:
+    """The steps of a scheduler's training; some denoisers are shown timesteps as a share of them.  0 when unknown."""
+    count = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 0)
+    return float(count) if isinstance(count, (int, float)) else 0.0
 
 
 def _plans(denoiser: nn.Module, plan: Plan | None) -> Sequence[Plan]:

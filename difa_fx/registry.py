@@ -18,7 +18,7 @@ from difa_fx._torch import WeakIdKeyDictionary
 from difa_fx.clock import Clock
 from difa_fx.options import Options
 from difa_fx.plan import Plan
-from difa_fx.runtime import Runner, RunnerStats
+from difa_fx.runtime import Runner, RunnerStats, owners
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class Compilation:
     def _join(self, owner: object, clock: Clock) -> None:
         self.clocks[owner] = clock
         if owner in _begun and clock.position < 0:
-            clock.begin(_begun[owner])
+            clock.begin(*_begun[owner])
 
     @property
     def guided(self) -> bool:
@@ -89,7 +89,7 @@ class Compilation:
 
     def clocks_for(self, model: nn.Module) -> Iterator[Clock]:
         """The clocks of ``model``, in this compilation."""
-        for parameter in model.parameters():
+        for parameter in owners(model):
             if parameter in self.clocks:
                 yield self.clocks[parameter]
 
@@ -108,23 +108,29 @@ def compilation_for(key: Mapping[str, Any] | None, options: Options) -> Compilat
     return found
 
 
-def begin(model: nn.Module, timesteps: Sequence[float] | None = None) -> None:
-    """Tell every clock of ``model``, made already or later, that a generation is about to start."""
-    for parameter in model.parameters():
+def begin(model: nn.Module, timesteps: Sequence[float] | None = None, span: float = 0.0) -> None:
+    """Tell every clock of ``model``, made already or later, that a generation is about to start.
+
+    Args:
+        model: the denoiser.
+        timesteps: its scheduler's.
+        span: the steps of the scheduler's training.
+    """
+    for parameter in owners(model):
         if timesteps is not None or parameter not in _begun:
-            _begun[parameter] = timesteps
+            _begun[parameter] = (timesteps, span)
     for compilation in list(_compilations.values()):
         for clock in compilation.clocks_for(model):
-            clock.begin(timesteps)
-        if compilation.ownerless is not None and not any(True for _ in model.parameters()):
-            compilation.ownerless.begin(timesteps)
+            clock.begin(timesteps, span)
+        if compilation.ownerless is not None and not any(True for _ in owners(model)):
+            compilation.ownerless.begin(timesteps, span)
     for runner in runners(model):
         runner.drop_state(model)
 
 
 def release(model: nn.Module) -> None:
     """Forget the scheduler of ``model``; its clocks go by the plan again."""
-    for parameter in model.parameters():
+    for parameter in owners(model):
         if parameter in _begun:
             del _begun[parameter]
     for compilation in list(_compilations.values()):
@@ -135,10 +141,12 @@ def release(model: nn.Module) -> None:
 
 def runners(model: nn.Module) -> list[Runner]:
     """The runners that served ``model``."""
-    owned = {id(parameter) for parameter in model.parameters()}
-    return [
-        runner for compilation in list(_compilations.values()) for runner in compilation.runners if runner.serves(owned)
-    ]
+    owned = {id(tensor) for tensor in owners(model)}
+    found = []
+    for compilation in list(_compilations.values()):
+        mine = any(True for _ in compilation.clocks_for(model)) or not compilation.clocks
+        found += [runner for runner in compilation.runners if runner.serves(owned, ownerless=mine)]
+    return found
 
 
 def plans(model: nn.Module) -> list[Plan]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -166,13 +166,13 @@ class Runner:
             session.abandon()
             raise
 
-    def serves(self, owners: Collection[int]) -> bool:
-        """Whether it served a denoiser with one of these parameters (their ids); a denoiser without any counts."""
-        return any(ref is None or key in owners for key, (ref, _) in self._sessions.items())
+    def serves(self, owners: Collection[int], *, ownerless: bool = True) -> bool:
+        """Whether it served a denoiser with one of these parameters (their ids), or perhaps one without any."""
+        return any(ownerless if ref is None else key in owners for key, (ref, _) in self._sessions.items())
 
     def drop_state(self, model: nn.Module) -> None:
         """Free the state that ``model``'s last generation left."""
-        owned = {id(parameter) for parameter in model.parameters()}
+        owned = {id(tensor) for tensor in owners(model)}
         for key, (ref, session) in self._sessions.items():
             if ref is None or key in owned:
                 session.state.clear()
@@ -329,6 +329,12 @@ class Runner:
             self._builder.compile_rows([row])
             self._full = self._builder.program(row)
         return self._run(self._full, args, Session(Clock(1)))
+
+
+def owners(model: nn.Module) -> Iterator[Tensor]:
+    """What can own the clock and the state of a denoiser: its parameters and buffers."""
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def _twice(shape: SiteShape) -> dict[str, int]:

@@ -43,6 +43,11 @@ class AttentionCall:
     refused: str = ""
 
     @property
+    def node(self) -> fx.Node:
+        """Where it stands in the graph."""
+        return self.result
+
+    @property
     def q_shape(self) -> tuple[int, ...]:
         """Shape of the queries as [B, H, N, D]; B is 1 where it is folded with H."""
         shape = shape_of(self.q)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from difa_fx._torch import export_aten, fake_inputs, is_static_input, new_fake_mode
 from difa_fx.errors import GraphError
-from difa_fx.passes.graph_tools import arg, output_values, placeholders, remove_dead
+from difa_fx.passes.graph_tools import arg, evaluate, output_values, placeholders, remove_dead
 
 aten = torch.ops.aten
 
@@ -86,6 +86,7 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
             # The same on what is here, and still right when a rewrite gives its input another layout.
             node.target = aten.reshape.default
     _fold_noops(graph)
+    _unfold_linears(graph)
     remove_dead(graph)
     graph.lint()
     exported.recompile()
@@ -105,6 +106,31 @@ def _fold_noops(graph: fx.Graph) -> None:
         if source is not None and node not in returned:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+def _unfold_linears(graph: fx.Graph) -> None:
+    """Let a linear work on the axes that were merged for it and are parted again behind it.
+
+    ``nn.MultiheadAttention`` merges tokens and batch, tokens first, into which no half of the batch can be followed::
+
+        x_NBE -> reshape [N B, E] -> linear -> reshape [N, B, F]    becomes    x_NBE -> linear -> [N, B, F]
+    """
+    for linear in list(graph.find_nodes(op="call_function", target=aten.linear.default)):
+        merged, users = linear.args[0], list(linear.users)
+        if merged.target is not aten.reshape.default or len(users) != 1 or len(merged.users) != 1:
+            continue
+        (parted,) = users
+        if parted.target is not aten.reshape.default or len(parted.meta["val"].shape) < 3:
+            continue
+        lead = list(parted.meta["val"].shape[:-1])
+        same_last = parted.meta["val"].shape[-1] == linear.meta["val"].shape[-1]
+        if len(merged.meta["val"].shape) != 2 or not same_last:
+            continue
+        merged.args = (merged.args[0], [*lead, int(merged.meta["val"].shape[-1])])
+        for node in (merged, linear):
+            evaluate(node)
+        parted.replace_all_uses_with(linear)
+        graph.erase_node(parted)
 
 
 def _identity_of(node: fx.Node) -> fx.Node | None:

@@ -67,6 +67,26 @@ def explicit_attention(softmax: fx.Node) -> AttentionCall | UnreadCall | None:
     return AttentionCall(left, right, value, weighed, nodes, layout, True, scores.mask, scores.scale, refused=refused)
 
 
+def linear_attention(product: fx.Node) -> tuple[fx.Node, ...] | None:
+    """What a product of three activations multiplies, with casts and views between alone; None for any other node.
+
+    Keys and values are multiplied first, so that there are no scores: linear attention.
+    """
+    if product.target not in _PRODUCTS or product.target is aten.baddbmm.default:
+        return None
+    for position in (0, 1):
+        inner, other = product.args[position], product.args[1 - position]
+        while isinstance(inner, fx.Node) and inner.op == "call_function" and (_carries(inner) or _divides(inner)):
+            inner = inner.args[0]
+        if isinstance(inner, fx.Node) and inner.target in (aten.matmul.default, aten.bmm.default):
+            return tuple(n for n in (other, *inner.args) if isinstance(n, fx.Node))
+    return None
+
+
+def _divides(node: fx.Node) -> bool:
+    return node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float))
+
+
 def _weighing(softmax: fx.Node) -> fx.Node | str | None:
     """The product with the values; a reason when it cannot be read; None when there is none."""
     node = softmax
@@ -101,13 +121,13 @@ def _above(node: fx.Node, found: _Scores) -> fx.Node | None:
     other = node.args[1] if len(node.args) > 1 else None
     if target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(other, (int, float)):
         found.scale *= other if target is aten.mul.Tensor else 1 / other
-        if found.mask is not None:
-            found.refused = "its mask is scaled"
         return source
     if target is aten.add.Tensor and isinstance(other, fx.Node) and not node.kwargs:
         scores, mask = (source, other) if _leads_to_product(source) else (other, source)
         if found.mask is not None:
             found.refused = "it has two masks"
+        elif found.scale != 1:
+            found.refused = "its mask is scaled"
         found.mask, found.masked_shape = mask, shape_of(node)
         return scores
     found.refused = f"its scores pass through {target}"
@@ -153,11 +173,11 @@ def _operands(product: fx.Node, scores: _Scores) -> tuple[fx.Node, fx.Node]:
     base, left, right = product.args[:3]
     assert isinstance(base, fx.Node) and isinstance(left, fx.Node) and isinstance(right, fx.Node)
     beta, alpha = arg(product, "beta"), arg(product, "alpha")
-    scores.scale *= alpha
     if beta != 0:
-        if scores.mask is not None or beta != 1:
+        if scores.mask is not None or beta != 1 or scores.scale != 1:
             scores.refused = "its bias is scaled or comes twice"
         scores.mask, scores.masked_shape = base, shape_of(product)
+    scores.scale *= alpha
     return left, right
 
 

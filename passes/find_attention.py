@@ -13,7 +13,7 @@ Letters: B batch, H heads, N tokens, M key tokens, D width or head width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -21,9 +21,10 @@ from torch import fx
 from difa_fx.passes.attention_calls import AttentionCall, UnreadCall, attention_calls
 from difa_fx.passes.batch_axis import LostBatchError, batch_axes, follow
 from difa_fx.passes.canonicalize import CanonicalGraph
-from difa_fx.passes.graph_tools import ancestors, descendants, module_path, placeholders, shape_of
+from difa_fx.passes.explicit_attention import linear_attention
+from difa_fx.passes.graph_tools import ancestors, call_of, descendants, module_path, placeholders, shape_of
 from difa_fx.passes.inputs import DenoiserInputs, denoiser_inputs
-from difa_fx.passes.regions import Search, climb, data_of, descend, meeting, prelude, projection_flops
+from difa_fx.passes.regions import Search, climb, data_of, descend, meeting, origin, prelude, projection_flops
 from difa_fx.passes.sites import Attention, AttentionSite, RejectedSite
 from difa_fx.passes.token_axis import token_runs
 from difa_fx.plan import Method
@@ -36,6 +37,7 @@ def find_attention(canonical: CanonicalGraph) -> Attention:
     inputs = denoiser_inputs(canonical)
     calls = list(attention_calls(canonical.gm.graph))
     search = _prepare(canonical, inputs, [call for call in calls if isinstance(call, AttentionCall)])
+    calls = sorted([*calls, *_linear(canonical.gm.graph, search)], key=lambda call: search.order[call.node])
     sites: list[AttentionSite] = []
     rejected: list[RejectedSite] = []
     taken: dict[str, int] = {}
@@ -70,6 +72,14 @@ def _prepare(canonical: CanonicalGraph, inputs: DenoiserInputs, calls: Iterable[
         tokens=token_runs(graph, stream, {call.result: call.q for call in calls}),
         order={node: i for i, node in enumerate(graph.nodes)},
     )
+
+
+def _linear(graph: fx.Graph, search: Search) -> Iterator[UnreadCall]:
+    """Every linear attention: a product of three tensors that all depend on the latents."""
+    for node in graph.nodes:
+        operands = linear_attention(node)
+        if operands is not None and search.stream.issuperset(operands):
+            yield UnreadCall(node, "linear attention: it has no softmax, so there are no scores to cut to a window")
 
 
 def _site_of(call: AttentionCall | UnreadCall, search: Search) -> AttentionSite | RejectedSite:
@@ -111,6 +121,7 @@ def _sources(
     if not projections[0] or call.q not in search.stream:
         return "no linear projection of the latents leads to its queries"
     q, k, v = ({data_of(p) for p in found} for found in projections)
+    q, k, v = ({origin(source, q | k | v, path, search) for source in found} for found in (q, k, v))
     if q == k == v or (q <= k and q <= v):
         return search.sorted(q | k | v)
     met = meeting(q, k | v, path, search) if k and v and not q & (k | v) else None
@@ -121,14 +132,14 @@ def _sources(
     return "its queries come from sources that its keys or values do not come from"
 
 
-def _common_path(nodes: Iterable[fx.Node]) -> str:
-    """The innermost module that all ``nodes`` live in."""
-    parts = [module_path(node).split(".") for node in nodes]
-    calls = {part[-1].partition("@")[2] for part in parts} - {""}
-    levels = zip(*([level.partition("@")[0] for level in part] for part in parts), strict=False)
+def _common_path(nodes: Sequence[fx.Node]) -> str:
+    """The innermost module that all ``nodes`` live in, the first of them being the attention itself."""
+    first, *_ = nodes
+    levels = zip(*(module_path(node).partition("@")[0].split(".") for node in nodes), strict=False)
     common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)]
-    path = ".".join(common) or "attention"
-    return f"{path}@{max(calls)}" if calls else path
+    path = ".".join(common)
+    call = call_of(first, path)
+    return (path or "attention") + (f"@{call}" if call else "")
 
 
 def _follow_region(

@@ -59,6 +59,12 @@ def module_path(node: fx.Node) -> str:
     return f"{path}@{call}" if call else path
 
 
+def call_of(node: fx.Node, path: str) -> str:
+    """Which call of the module at ``path`` a node was traced in: ``1`` for the second; empty for the first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((str(key).partition("@")[2] for key, (raw, _) in stack.items() if clean_path(raw) == path), "")
+
+
 def block_of(path: str) -> str:
     """The repeated unit that the attention at ``path`` lies in: up to its last number; empty without one.
 

@@ -7,6 +7,7 @@ depends on anything but parameters: a gate made from the timestep is never insid
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Collection, Iterable, Iterator
@@ -52,6 +53,11 @@ _CARRIERS = {
     aten.unflatten.int,
 }
 """Operations that only move or cast what they read."""
+
+_SUMS = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor}
+
+_LONGEST_FORK = 16
+"""Operations between a fork and where it joins again."""
 
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 
@@ -134,6 +140,17 @@ def projection_flops(node: fx.Node) -> int:
     return 2 * math.prod(shape_of(node)) * math.prod(inner)
 
 
+def origin(source: fx.Node, sources: Collection[fx.Node], path: str, search: Search) -> fx.Node:
+    """The one of ``sources`` that ``source`` is made from, or itself.
+
+    A low-rank adapter projects twice, so that its first product looks like a source beside the tensor it reads.
+    """
+    for node in itertools.islice(_chain(source, path, search), 1, None):
+        if node in sources:
+            return origin(node, sources, path, search)
+    return source
+
+
 def meeting(one: Collection[fx.Node], other: Collection[fx.Node], path: str, search: Search) -> fx.Node | None:
     """The tensor that two sets of sources are both made from, within the block of ``path``; None without one.
 
@@ -151,35 +168,60 @@ def _chain(source: fx.Node, path: str, search: Search) -> Iterator[fx.Node]:
     yield source
     while source.op == "call_function" and within(module_path(source), block):
         above = [node for node in source.all_input_nodes if node in search.stream]
-        if len(above) != 1 or tensor_of(above[0]) is None:
+        if len(above) != 1:
             return
         (source,) = above
-        yield source
+        if tensor_of(source) is not None:
+            yield source
 
 
 def descend(result: fx.Node, search: Search) -> tuple[fx.Node, ...]:
     """The ends of the region below ``result``: one, or one for each part of a sequence that is split."""
     ends: list[fx.Node] = []
-
-    def walk(node: fx.Node, last: fx.Node, projected: bool) -> None:
-        users = list(node.users)
-        if len(users) == 1 and users[0].op == "call_function":
-            (user,) = users
-            if is_projection(user, search) and data_of(user) is node:
-                if not projected:
-                    return walk(user, user, True)
-            elif user.target in _SPLITS:
-                return walk(user, last, projected)
-            elif _only_moves_or_scales(user, node, search) and tensor_of(user) is not None:
-                return walk(user, user, projected)
-        elif users and all(_selects(user) for user in users):
-            for user in users:
-                walk(user, user, projected)
-            return None
-        return ends.append(node if tensor_of(node) is not None else last)
-
-    walk(result, result, False)
+    stack = [(result, result, False)]
+    while stack:
+        node, last, projected = stack.pop()
+        following = _below(node, projected, search)
+        if not following:
+            ends.append(node if tensor_of(node) is not None else last)
+        for user, now_projected in following:
+            stack.append((user, user if tensor_of(user) is not None else last, now_projected))
     return search.sorted(ends)
+
+
+def _below(node: fx.Node, projected: bool, search: Search) -> list[tuple[fx.Node, bool]]:
+    """What the region goes on with below ``node``, and whether it has passed its output projection then."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].op == "call_function":
+        (user,) = users
+        if is_projection(user, search) and data_of(user) is node:
+            return [] if projected else [(user, True)]
+        if user.target in _SPLITS:
+            return [(user, projected)]
+        moves = _only_moves_or_scales(user, node, search) and tensor_of(user) is not None
+        return [(user, projected)] if moves else []
+    if users and all(_selects(user) for user in users):
+        return [(user, projected) for user in users]
+    joined = None if projected or len(users) < 2 else _rejoined(node, search)
+    return [] if joined is None else [(joined, True)]
+
+
+def _rejoined(start: fx.Node, search: Search) -> fx.Node | None:
+    """Where what is projected from ``start`` in several ways - a layer and its low-rank adapter - is one sum again."""
+    inner = {start}
+    for _ in range(_LONGEST_FORK):
+        outside = {user for node in inner for user in node.users if user not in inner}
+        if not outside:
+            return None
+        user = min(outside, key=search.order.__getitem__)
+        others = [source for source in user.all_input_nodes if source not in inner]
+        linear = is_projection(user, search) or user.target in _CARRIERS or user.target in _SUMS
+        if not linear or any(source not in search.from_parameters for source in others):
+            return None
+        inner.add(user)
+        if all(node is user or inner.issuperset(node.users) for node in inner):
+            return user
+    return None
 
 
 def _selects(node: fx.Node) -> bool:
@@ -190,8 +232,7 @@ def _only_moves_or_scales(user: fx.Node, node: fx.Node, search: Search) -> bool:
     others = [source for source in user.all_input_nodes if source is not node]
     if user.target in _CARRIERS or user.target is operator.getitem:
         return not others
-    scales = user.target in (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor)
-    return scales and all(source in search.from_parameters for source in others)
+    return user.target in _SUMS and all(source in search.from_parameters for source in others)
 
 
 def prelude(source: fx.Node, core: set[fx.Node], path: str, search: Search) -> tuple[fx.Node, set[fx.Node]]:

@@ -84,13 +84,13 @@ class AttentionSite:
         return tuple(self.axes[output] for output in self.outputs)
 
     def moved(self, nodes: Mapping[fx.Node, fx.Node]) -> AttentionSite:
-        """The same site in a copy of its graph, or of the part that computes it; ``nodes`` maps old nodes to new ones."""
+        """The same site in a copy of its graph or of its segment; ``nodes`` maps old nodes to new ones."""
         return replace(
             self,
             call=self.call.moved(nodes),
             sources=tuple(nodes.get(node, node) for node in self.sources),
             outputs=tuple(nodes[node] for node in self.outputs),
-            region=tuple(nodes[node] for node in self.region if node in nodes),
+            region=tuple(nodes[n] for n in self.region if n in nodes and nodes[n].op != "placeholder"),
             axes={nodes[node]: axis for node, axis in self.axes.items() if node in nodes},
         )
 

@@ -24,7 +24,7 @@ def make_plan(case: Case, rows: Sequence[Sequence[str] | str], **settings: Any) 
     return Plan(steps=len(methods), sites=case.sites, methods=methods, **settings)
 
 
-def compiled(case: Case, plan: object = None, compiler: str = "aot_eager", **options: Any) -> Any:
+def compiled(case: Case, plan: object = None, compiler: str = "eager", **options: Any) -> Any:
     """The denoiser of ``case`` under ``plan``."""
     settings = {"compiler": compiler, **options} | ({} if plan is None else {"plan": plan})
     return torch.compile(case.model, backend="difa", options=settings, dynamic=False)

@@ -142,7 +142,9 @@ class Oracle:
         return y, made[0]
 
     def _cond(self, value: Any, batch: int) -> Any:
-        """The conditional half of ``value`` if it is a tensor [B, ...]; anything else as it is."""
+        """The conditional half of ``value`` if it is a tensor [B, ...], or of each in a tuple; else as it is."""
+        if isinstance(value, tuple):
+            return tuple(self._cond(item, batch) for item in value)
         if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
             return value
         if batch % 2 or self.plan.cfg not in ("cond_first", "uncond_first"):

@@ -22,7 +22,7 @@ LAYERS = (
     ("plan",),
     ("findings",),
     ("_torch",),
-    ("banded",),
+    ("banded", "block_masks"),
     ("cost", "attention"),
     ("schedule",),
     ("passes",),

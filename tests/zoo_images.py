@@ -153,8 +153,8 @@ def sana(*, layers: int = 2, seed: int = 0) -> Case:
             "attention_kwargs": None,
         }
 
-    rejected = paths(("transformer_blocks", layers), attn="attn2")
-    return Case("sana", model, draw, (), rejected, layers, "uncond_first", 64)
+    rejected = [f"transformer_blocks.{layer}.{attn}" for layer in range(layers) for attn in ("attn1", "attn2")]
+    return Case("sana", model, draw, (), tuple(rejected), layers, "uncond_first", 64)
 
 
 def unet(*, seed: int = 0) -> Case:
