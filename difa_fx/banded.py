@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -142,9 +143,13 @@ def _parts(
         yield _place(tile, grid, lead), _unflattened(part_BHSD.transpose(1, 2), tile)
     for start, count in ((0, lead), (lead + image, tail)):
         if count:
-            own = None if mask is None else mask if mask.shape[-2] == 1 else mask.narrow(-2, start, count)
-            part_BHSD = scaled_dot_product_attention(q.narrow(2, start, count), k, v, attn_mask=own, scale=scale)
-            yield (lambda x, start=start, count=count: x.narrow(1, start, count)), part_BHSD.transpose(1, 2)
+            whole = mask if mask is None or mask.shape[-2] == 1 else mask.narrow(-2, start, count)
+            part_BHSD = scaled_dot_product_attention(q.narrow(2, start, count), k, v, attn_mask=whole, scale=scale)
+            yield partial(_narrowed, start=start, count=count), part_BHSD.transpose(1, 2)
+
+
+def _narrowed(x_BNHD: Tensor, *, start: int, count: int) -> Tensor:
+    return x_BNHD.narrow(1, start, count)
 
 
 def _boxes(grid: Sequence[int], size: Sequence[int]) -> Iterator[tuple[Box, Box]]:
@@ -162,7 +167,7 @@ def _bias_of(bias: Tensor, tile: Box, seen: Box, size: Sequence[int], text: Sequ
     rows = [slice(0, s.stop - s.start) for s in tile]
     moved = zip(tile, seen, size, strict=True)
     columns = [slice(b.start - a.start + reach, b.stop - a.start + reach) for a, b, reach in moved]
-    own = bias[(*rows, *columns)]
+    own = bias[tuple(rows + columns)]
     if len(tile) > 1:
         own = own.flatten(0, len(tile) - 1).flatten(1)
     return pad(own, (text[0], text[1])) if any(text) else own
@@ -175,7 +180,7 @@ def _rows(x: Tensor, axis: int, box: Box, grid: Sequence[int], lead: int) -> Ten
     if len(grid) == 1:
         return x.narrow(axis, lead + box[0].start, box[0].stop - box[0].start)
     axis %= x.ndim
-    boxed = x.narrow(axis, lead, math.prod(grid)).unflatten(axis, list(grid))
+    boxed = _on_grid(x.narrow(axis, lead, math.prod(grid)), axis, grid)
     return boxed[(slice(None),) * axis + box].flatten(axis, axis + len(grid) - 1)
 
 
@@ -190,13 +195,17 @@ def _seen(x: Tensor, axis: int, box: Box, grid: Sequence[int], text: Sequence[in
 
 def _place(box: Box, grid: Sequence[int], lead: int) -> Callable[[Tensor], Tensor]:
     if len(grid) == 1:
-        return lambda x: x.narrow(1, lead + box[0].start, box[0].stop - box[0].start)
+        return partial(_narrowed, start=lead + box[0].start, count=box[0].stop - box[0].start)
     image = math.prod(grid)
-    return lambda x: x.narrow(1, lead, image).unflatten(1, list(grid))[(slice(None), *box)]
+    return lambda x: _on_grid(x.narrow(1, lead, image), 1, grid)[(slice(None),) + box]  # noqa: RUF005
 
 
 def _unflattened(part_BSHD: Tensor, box: Box) -> Tensor:
-    return part_BSHD if len(box) == 1 else part_BSHD.unflatten(1, [s.stop - s.start for s in box])
+    return part_BSHD if len(box) == 1 else _on_grid(part_BSHD, 1, [s.stop - s.start for s in box])
+
+
+def _on_grid(x: Tensor, axis: int, grid: Sequence[int]) -> Tensor:
+    return x.unflatten(axis, list(grid))  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _like_attention(q: Tensor) -> Tensor:

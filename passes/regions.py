@@ -134,7 +134,7 @@ def projection_flops(node: fx.Node) -> int:
     """Operations of a projection; 0 for any other node."""
     if node.target not in _PROJECTIONS:
         return 0
-    data, weight = (node.args[i] for i in _PROJECTIONS[node.target])  # type: ignore[index]
+    data, weight = (node.args[i] for i in _PROJECTIONS[node.target])
     assert isinstance(data, fx.Node) and isinstance(weight, fx.Node)
     inner = shape_of(weight)[1:] if node.target in _WEIGHT_OUT_FIRST else shape_of(data)[-1:]
     return 2 * math.prod(shape_of(node)) * math.prod(inner)

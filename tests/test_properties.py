@@ -65,7 +65,8 @@ def test_4_equal_halves_share_exactly(name: str) -> None:
 def test_5_all_full_is_the_denoiser(name: str) -> None:
     found = case(name)
     calls = found.generation(2)
-    for output, call in zip(run(compiled(found, make_plan(found, ["full", "full"]), "aot_eager"), calls), calls, strict=True):
+    model = compiled(found, make_plan(found, ["full", "full"]), "aot_eager")
+    for output, call in zip(run(model, calls), calls, strict=True):
         assert relative(output, plain(found, call)) < TIGHT
 
 
