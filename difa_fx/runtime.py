@@ -25,6 +25,7 @@ from difa_fx.passes.find_attention import Attention
 from difa_fx.passes.graph_tools import placeholders
 from difa_fx.passes.partition import Partition
 from difa_fx.passes.rewrite import residual_axis
+from difa_fx.passes.sites import AttentionSite
 from difa_fx.program import Program, ProgramBuilder, State, StateKey, output_number
 from difa_fx.schedule import FULL, Schedule, SiteStep
 
@@ -138,6 +139,7 @@ class Runner:
         self._company = company or Alone()
         self._sites = {site.path: site for site in attention.sites}
         self._shapes = {site.path: site.shape for site in attention.sites}
+        self._kinds = {site.path: _kinds(site) for site in attention.sites}
         self._builder = ProgramBuilder(graph, partition, compiler)
         self._sessions: dict[int, tuple[weakref.ref[Any] | None, Session]] = {}
         self._rounding = _rounding(graph, attention.inputs.timestep)
@@ -282,7 +284,7 @@ class Runner:
 
     def _fit_from(self, other: Runner, call: int) -> Callable[[StateKey, Tensor], Tensor] | None:
         """How a tensor of another runner's state after ``call`` becomes one of this runner's; None if none can."""
-        if list(other._sites) != list(self._sites):
+        if other._kinds != self._kinds:
             return None
         if other._shapes == self._shapes and other.schedule == self.schedule:
             return lambda _, value: value
@@ -335,6 +337,12 @@ def owners(model: nn.Module) -> Iterator[Tensor]:
     """What can own the clock and the state of a denoiser: its parameters and buffers."""
     yield from model.parameters()
     yield from model.buffers()
+
+
+def _kinds(site: AttentionSite) -> list[tuple[torch.dtype, torch.device]]:
+    """Dtype and device of each output, and of the residual."""
+    values = [node.meta["val"] for node in (*site.outputs, site.call.q)]
+    return [(value.dtype, value.device) for value in values]
 
 
 def _twice(shape: SiteShape) -> dict[str, int]:

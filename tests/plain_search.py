@@ -5,7 +5,7 @@ DiTFastAttn (arXiv 2406.08552), Algorithm 1.  Built on the eager oracle; the pac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,7 @@ def plain_search(
     cfg: str | None,
     tensor_of: Callable[[Any], Tensor],
     candidates: Sequence[str] = PAPER,
+    text: Mapping[str, tuple[int, int]] | None = None,
 ) -> tuple[list[list[str]], list[list[dict[str, float]]], int]:
     """The plan's rows, the losses tried, and how many whole calls of the denoiser that took.
 
@@ -34,7 +35,7 @@ def plain_search(
     rows: list[list[str]] = []
     losses: list[list[dict[str, float]]] = []
     plan = SimpleNamespace(sites=sites, methods=rows, window=window, cfg=cfg)
-    oracle = Oracle(model, plan)
+    oracle = Oracle(model, plan, text)
     count = 0
 
     def run(row: list[str]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:

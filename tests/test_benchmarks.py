@@ -1,4 +1,4 @@
-"""The benchmark command runs to its end at a tiny size; no time decides anything here."""
+"""The benchmark commands run to their ends at a tiny size; no time decides anything here."""
 
 from __future__ import annotations
 
@@ -6,20 +6,27 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-COMMAND = Path(__file__).resolve().parent.parent / "benchmarks" / "compiler.py"
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def command(name: str) -> ModuleType:
+    """The module of a benchmark."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[f"benchmark_{name}"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow
 def test_the_compiler_benchmark_runs(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("benchmark_compiler", COMMAND)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_compiler"] = module
-    spec.loader.exec_module(module)
+    module = command("compiler")
     output = tmp_path / "result.json"
     tiny = ["--layers", "2", "--size", "8", "--digits", "2", "--repeats", "1", "--cold-repeats", "1"]
     module.main([*tiny, "--parts", "cold", "overhead", "dispatch", "-o", str(output)])
@@ -28,3 +35,14 @@ def test_the_compiler_benchmark_runs(tmp_path: Path) -> None:
     assert result["overhead"]["ratio"] > 0
     assert result["dispatch"]["pieces"] == 5
     assert "| cold |" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
+def test_the_window_benchmark_runs(tmp_path: Path) -> None:
+    module = command("windows")
+    tiny = ["--sizes", "6", "--images", "2", "--steps", "3", "--every", "3", "--compiler", "eager"]
+    box, band = module.main([*tiny, "-o", str(tmp_path / "windows")])
+    assert (box["axes"], band["axes"]) == (2, 1)
+    assert abs(box["pairs"] / band["pairs"] - 1) < 0.02
+    assert 0 < box["relative_l1"] < 1
+    assert "| 6x6 of 32x32 | 2 |" in (tmp_path / "windows.md").read_text()

@@ -15,6 +15,7 @@ from digits import PixelVAE
 from models import Case, case, dit, tensor_of, wake
 from plain_search import plain_search
 from torch import nn
+from zoo import text_of, zoo_case
 
 import difa_fx
 from difa_fx.checkpoint import Record
@@ -49,9 +50,24 @@ MIXED = [("dit", 0.12), ("pixart", 0.05), ("toy_three_blocks", 0.12)]
 @pytest.mark.parametrize(("name", "threshold"), [*MIXED, ("dit", 0.3), ("pixart", 0.3), ("toy_three_blocks", 0.02)])
 @pytest.mark.parametrize("loss", ["paper", "reference"])
 def test_the_search_is_the_papers(name: str, threshold: float, loss: str, tmp_path: Path) -> None:
-    found = case(name)
+    search_is_the_papers(case(name), threshold, loss, tmp_path, mixed=(name, threshold) in MIXED)
+
+
+def test_the_search_is_the_papers_on_joint_attention(tmp_path: Path) -> None:
+    search_is_the_papers(zoo_case("sd3"), 0.5, "paper", tmp_path, mixed=True, text=text_of("sd3"))
+
+
+def search_is_the_papers(
+    found: Case,
+    threshold: float,
+    loss: str,
+    folder: Path,
+    *,
+    mixed: bool,
+    text: dict[str, tuple[int, int]] | None = None,
+) -> None:
     calls = found.generation(STEPS)
-    plan = calibrated(found, calls, tmp_path, threshold=threshold, loss=loss)
+    plan = calibrated(found, calls, folder, threshold=threshold, loss=loss)
     rows, losses, _ = plain_search(
         found.model,
         calls,
@@ -61,13 +77,14 @@ def test_the_search_is_the_papers(name: str, threshold: float, loss: str, tmp_pa
         window=8,
         cfg=plan.cfg,
         tensor_of=tensor_of,
+        text=text,
     )
     assert plan.cfg == found.cfg_order
     assert [[m.value for m in row] for row in plan.methods] == rows
     for ours, theirs in zip(plan.provenance["calibration"]["losses"], losses, strict=True):
         for mine, other in zip(ours, theirs, strict=True):
             assert dict(mine) == pytest.approx(other, rel=1e-3)
-    if (name, threshold) in MIXED:
+    if mixed:
         assert len({m for row in rows for m in row}) > 2
 
 

@@ -179,6 +179,17 @@ def test_guidance_cannot_come_back() -> None:
         model(*calls[2][0], **calls[2][1])
 
 
+def test_state_of_another_dtype_is_not_taken_over() -> None:
+    found = dit()
+    found.model.to(torch.bfloat16)
+    model = compiled(found, make_plan(found, ["full", "cached"]), "eager")
+    (first, kwargs), (second, later) = found.generation(2)
+    model(first[0].bfloat16(), **kwargs)
+    found.model.to(torch.float16)
+    with pytest.raises(ClockError, match="no state to go on with"):
+        model(second[0].half(), **later)
+
+
 def test_a_generation_without_guidance_is_not_taken_for_its_end() -> None:
     found = dit()
     model = compiled(found, make_plan(found, ["full", "full+cfg"]), "eager")
