@@ -28,12 +28,11 @@ def command(name: str) -> ModuleType:
 def test_the_compiler_benchmark_runs(tmp_path: Path) -> None:
     module = command("compiler")
     output = tmp_path / "result.json"
-    tiny = ["--layers", "2", "--size", "8", "--digits", "2", "--repeats", "1", "--cold-repeats", "1"]
-    module.main([*tiny, "--parts", "cold", "overhead", "dispatch", "-o", str(output)])
+    tiny = ["--layers", "1", "--size", "8", "--digits", "2", "--repeats", "1", "--cold-repeats", "1"]
+    module.main([*tiny, "--parts", "cold", "dispatch", "-o", str(output)])
     result = json.loads(output.read_text())
-    assert result["cold"]["pieces"] > 3
-    assert result["overhead"]["ratio"] > 0
-    assert result["dispatch"]["pieces"] == 5
+    assert result["cold"]["pieces"] >= 3
+    assert result["dispatch"]["pieces"] == 3
     assert "| cold |" in output.with_suffix(".md").read_text()
 
 

@@ -137,7 +137,7 @@ def plans(draw: st.DrawFn, found: Case) -> Plan:
 
 @pytest.mark.parametrize("order", ["cond_first", "uncond_first"])
 @pytest.mark.parametrize("kind", ["dit", "toy"])
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_7_random_plans_agree_with_the_oracle(kind: str, order: str, data: st.DataObject) -> None:
     found = dit(cfg_order=order) if kind == "dit" else toy(cfg_order=order)
