@@ -23,7 +23,7 @@ from difa_fx.plan import Method
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     *_, keys, width = value
-    return 2 * math.prod(query) * keys + 2 * math.prod(query[:-1]) * keys * int(width)
+    return int(2 * math.prod(query) * keys + 2 * math.prod(query[:-1]) * keys * width)
 
 
 _CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops}
