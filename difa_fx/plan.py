@@ -239,8 +239,7 @@ class Plan:
 
     def without_cfg(self) -> Plan:
         """The plan for the conditional half alone: ``+cfg`` methods without it."""
-        alone = {Method.FULL_CFG: Method.FULL, Method.WINDOW_CFG: Method.WINDOW}
-        return self.replace(methods=[[alone.get(method, method) for method in row] for row in self.methods])
+        return self.replace(methods=[[method.alone for method in row] for row in self.methods])
 
     def for_steps(self, n: int, *, timesteps: Sequence[float] | None = None) -> Plan:
         """A plan for ``n`` steps, each with the methods of the step at the same relative position.

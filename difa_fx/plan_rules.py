@@ -65,6 +65,11 @@ class Method(str, Enum):
         return self in (Method.FULL_CFG, Method.WINDOW_CFG)
 
     @property
+    def alone(self) -> Method:
+        """The same for one half by itself."""
+        return {Method.FULL_CFG: Method.FULL, Method.WINDOW_CFG: Method.WINDOW}.get(self, self)
+
+    @property
     def computes(self) -> bool:
         """Whether anything is computed, so that there is a new output to keep."""
         return self is not Method.CACHED

@@ -47,13 +47,14 @@ class Compilation:
         """The clock of the denoiser that owns the parameter ``owner``, made at its first call."""
         plan = self.options.plan
         assert plan is not None
+        fresh = Clock(plan.steps, plan.timesteps, calls=plan.calls_per_step)
         if owner is None or self.broken:
-            self.ownerless = self.ownerless or Clock(plan.steps, plan.timesteps, calls=plan.calls_per_step)
+            self.ownerless = self.ownerless or fresh
             if owner is not None and owner not in self.clocks:
                 self._join(owner, self.ownerless)
             return self.ownerless
         if owner not in self.clocks:
-            self._join(owner, Clock(plan.steps, plan.timesteps, calls=plan.calls_per_step))
+            self._join(owner, fresh)
         found = self.clocks[owner]
         assert isinstance(found, Clock)
         return found

@@ -227,7 +227,7 @@ class Runner:
         Where Dynamo broke the denoiser into several graphs, the one that reads the timestep moves the clock and the
         others follow.
         """
-        clock, timestep = session.clock, self._timestep(args)
+        clock, timestep = session.clock, self.attention.inputs.time(args)
         if not self._company.broken:
             return clock.tick(timestep, tolerance=self._rounding)
         if timestep is not None and (timestep != clock.timestep or session.ran(clock.position)):
@@ -242,13 +242,6 @@ class Runner:
                 todo="look for graph breaks with TORCH_LOGS=graph_breaks, and compile the whole denoiser",
             )
         return clock.position
-
-    def _timestep(self, args: Sequence[Any]) -> float | None:
-        position = self.attention.inputs.timestep
-        if position is None:
-            return None
-        value = args[position]
-        return float(value.reshape(-1)[0]) if isinstance(value, Tensor) else float(value)
 
     def _begin(self, session: Session, call: int, args: Sequence[Any]) -> None:
         """Make ``session`` ready for ``call``: begun, or with the state of the call before."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from difa_fx.cost import SiteShape
 from difa_fx.plan import Method, Plan
@@ -148,10 +147,11 @@ def column_steps(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
 
 def column_calls(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
     """One site's calls, two a step, conditional first; ``+cfg`` lets the second take what the first computed."""
-    first = column_steps([_ALONE.get(method, method) for method in methods])
+    first = column_steps([method.alone for method in methods])
+    second = [Method.CACHED if method is Method.WINDOW_CFG else method for method in methods]
     calls: list[SiteStep] = []
     for step, method in enumerate(methods):
-        read_later = _second_reads(methods, step)
+        read_later = window_follows(second, step)
         hands_residual = method is Method.FULL_CFG and read_later
         entry = first[step]
         writes = entry.action.writes_residual or hands_residual
@@ -165,7 +165,7 @@ def column_calls(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
         )
         calls.append(
             SiteStep(
-                SiteAction(_ALONE.get(method, method), writes_residual=method is Method.FULL and read_later),
+                SiteAction(method.alone, writes_residual=method is Method.FULL and read_later),
                 keeps_output=_cached_follows(methods, step),
                 keeps_residual=read_later,
                 branch=1,
@@ -174,19 +174,6 @@ def column_calls(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
             )
         )
     return tuple(calls)
-
-
-_ALONE: Final = {Method.FULL_CFG: Method.FULL, Method.WINDOW_CFG: Method.WINDOW}
-
-
-def _second_reads(methods: Sequence[Method], step: int) -> bool:
-    """Whether the second call reads a residual after ``step``, at a window step that it computes itself."""
-    for method in methods[step + 1 :]:
-        if method.refreshes:
-            return False
-        if method is Method.WINDOW:
-            return True
-    return False
 
 
 def open_step(methods: Sequence[Method]) -> SiteStep:

@@ -239,9 +239,7 @@ class Backend:
     def _serve(self, graph: SearchGraph, args: Sequence[Any]) -> tuple[Any, ...]:
         assert self.driver is not None
         step, self.steps = self.steps, self.steps + 1
-        position = graph.attention.inputs.timestep
-        value = None if position is None else args[position]
-        self.timesteps.append(None if value is None else float(torch.as_tensor(value).reshape(-1)[0]))
+        self.timesteps.append(graph.attention.inputs.time(args))
         with torch.no_grad():
             return self.driver.step(graph, step, args)
 

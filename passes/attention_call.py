@@ -23,7 +23,6 @@ class AttentionCall:
     Attributes:
         q: queries; k and v: keys and values, in ``layout``.
         result: the node that yields softmax(q k^T scale + mask) v.
-        nodes: all that it computes itself, ``result`` included, in graph order; ``q``, ``k``, ``v`` left out.
         layout: order of the axes.
         keys_transposed: ``k`` has its last two axes swapped.
         mask: the model's own, bool or additive, or None.
@@ -35,7 +34,6 @@ class AttentionCall:
     k: fx.Node
     v: fx.Node
     result: fx.Node
-    nodes: tuple[fx.Node, ...]
     layout: Layout = "BHND"
     keys_transposed: bool = False
     mask: fx.Node | None = None
@@ -86,7 +84,6 @@ class AttentionCall:
             v=nodes.get(self.v, self.v),
             mask=None if self.mask is None else nodes.get(self.mask, self.mask),
             result=nodes.get(self.result, self.result),
-            nodes=tuple(nodes.get(node, node) for node in self.nodes),
         )
 
 

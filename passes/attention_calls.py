@@ -52,6 +52,4 @@ def _fused(node: fx.Node) -> AttentionCall:
     elif arg(node, "dropout_p"):
         refused = "it has dropout"
     layout: Layout = "BHND" if len(shape_of(q)) >= 4 else "BND"
-    return AttentionCall(
-        q, k, v, node, (node,), layout, mask=arg(node, "attn_mask"), scale=arg(node, "scale"), refused=refused
-    )
+    return AttentionCall(q, k, v, node, layout, mask=arg(node, "attn_mask"), scale=arg(node, "scale"), refused=refused)

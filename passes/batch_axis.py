@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from difa_fx.passes.graph_tools import arg, shape_of, tensor_inputs, tensor_of
+from difa_fx.passes.graph_tools import arg, axis_order, shape_of, tensor_inputs, tensor_of
 from difa_fx.passes.opaque_attention import is_opaque_attention
 
 aten = torch.ops.aten
@@ -229,20 +229,10 @@ def _repeat_interleave(node: fx.Node, axes: Axes) -> Step:
     return Step(axis, sizes={"output_size": shape_of(node)[axis] // 2})
 
 
-@_rule(aten.permute.default)
+@_rule(aten.permute.default, aten.transpose.int, aten.t.default, aten.swapaxes.default)
 def _permute(node: fx.Node, axes: Axes) -> Step:
-    source, axis = _only_lead(node, axes)
-    order = [_positive(d, len(shape_of(source))) for d in arg(node, "dims")]
-    return Step(order.index(axis))
-
-
-@_rule(aten.transpose.int, aten.t.default, aten.swapaxes.default)
-def _transpose(node: fx.Node, axes: Axes) -> Step:
-    source, axis = _only_lead(node, axes)
-    ndim = len(shape_of(source))
-    names = ("dim0", "dim1") if node.target is aten.transpose.int else ("axis0", "axis1")
-    pair = (0, 1) if node.target is aten.t.default else tuple(_positive(arg(node, n), ndim) for n in names)
-    return Step({pair[0]: pair[1], pair[1]: pair[0]}.get(axis, axis))
+    _, axis = _only_lead(node, axes)
+    return Step(axis_order(node).index(axis))
 
 
 @_rule(aten.movedim.int)

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from difa_fx.passes.attention_call import AttentionCall, Layout, UnreadCall
-from difa_fx.passes.graph_tools import ancestors, arg, descendants, shape_of, tensor_of
+from difa_fx.passes.graph_tools import ancestors, arg, axis_order, descendants, shape_of, tensor_of
 
 aten = torch.ops.aten
 
@@ -56,15 +56,13 @@ def explicit_attention(softmax: fx.Node) -> AttentionCall | UnreadCall | None:
     value = weighed.args[1]
     assert isinstance(value, fx.Node)
     inner = descendants([product]) & ancestors([weighed])
-    nodes = tuple(node for node in softmax.graph.nodes if node in inner)
-    leak = [n for n in nodes if n is not weighed and not inner.issuperset(n.users)]
-    if leak:
+    if any(node is not weighed and not inner.issuperset(node.users) for node in inner):
         return UnreadCall(softmax, "its scores or weights are read elsewhere too")
     refused = scores.refused or _shape_refusal(left, right, value, weighed)
-    if not refused and scores.mask is not None and not _mask_fits(scores, left):
+    if not refused and scores.mask is not None and len(scores.masked_shape) != len(shape_of(left)):
         refused = "its mask is added in another shape than its queries have"
     layout: Layout = "BHND" if len(shape_of(left)) >= 4 else "BND"
-    return AttentionCall(left, right, value, weighed, nodes, layout, True, scores.mask, scores.scale, refused=refused)
+    return AttentionCall(left, right, value, weighed, layout, True, scores.mask, scores.scale, refused=refused)
 
 
 def linear_attention(product: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -154,13 +152,7 @@ def _carries(node: fx.Node) -> bool:
     before = tensor_of(source)
     if before is None:
         return False
-    order = list(range(before.ndim))
-    if node.target is aten.permute.default:
-        order = [d % before.ndim for d in arg(node, "dims")]
-    else:
-        one, other = arg(node, "dim0") % before.ndim, arg(node, "dim1") % before.ndim
-        order[one], order[other] = order[other], order[one]
-    moved = [axis for axis in order if before.shape[axis] != 1]
+    moved = [axis for axis in axis_order(node) if before.shape[axis] != 1]
     return moved == sorted(moved)
 
 
@@ -189,8 +181,3 @@ def _shape_refusal(q: fx.Node, keys_DM: fx.Node, v: fx.Node, result: fx.Node) ->
     if math.prod(out[:-1]) != math.prod(q_shape[:-1]):
         return "its result has another shape than its queries"
     return ""
-
-
-def _mask_fits(scores: _Scores, q: fx.Node) -> bool:
-    """Whether the mask was added to scores that have as many axes as the queries."""
-    return len(scores.masked_shape) == len(shape_of(q)) and scores.mask is not None

@@ -144,6 +144,19 @@ def arg(node: fx.Node, name: str, default: Any = None) -> Any:
     return default
 
 
+def axis_order(node: fx.Node) -> list[int]:
+    """For each axis of what a permutation or transposition yields, the axis of its input that stands there."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    order = list(range(len(shape_of(source))))
+    if node.target is torch.ops.aten.permute.default:
+        return [dim % len(order) for dim in arg(node, "dims")]
+    names = ("axis0", "axis1") if node.target is torch.ops.aten.swapaxes.default else ("dim0", "dim1")
+    one, other = (0, 1) if node.target is torch.ops.aten.t.default else (arg(node, name) for name in names)
+    order[one], order[other] = order[other], order[one]
+    return order
+
+
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     """The placeholders of a graph in order."""
     return list(graph.find_nodes(op="placeholder"))

@@ -6,9 +6,11 @@ Read off names, shapes and dtypes of the placeholders; parameters and buffers ar
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from difa_fx.passes.canonicalize import CanonicalGraph
 from difa_fx.passes.graph_tools import output_values, placeholders, tensor_of
@@ -41,6 +43,13 @@ class DenoiserInputs:
     latents: int | None
     timestep: int | None
     batch: int | None
+
+    def time(self, args: Sequence[Any]) -> float | None:
+        """The timestep among the arguments of a call; None where the graph has none."""
+        if self.timestep is None:
+            return None
+        value = args[self.timestep]
+        return float(value.reshape(-1)[0]) if isinstance(value, Tensor) else float(value)
 
 
 def denoiser_inputs(canonical: CanonicalGraph) -> DenoiserInputs:

@@ -50,13 +50,11 @@ def opaque_attention(node: fx.Node) -> AttentionCall | None:
         return None
     layout, refused = _opaque_layout(node, q, k)
     mask, scale = _named(node, _MASK), _named(node, _SCALE)
-    nodes = (node,) if result is node else (node, result)
     return AttentionCall(
         q,
         k,
         v,
         result,
-        nodes,
         layout,
         mask=mask if isinstance(mask, fx.Node) else None,
         scale=scale if isinstance(scale, (int, float)) else None,

@@ -11,7 +11,7 @@ import itertools
 import math
 import operator
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -84,7 +84,7 @@ class Search:
     lost: dict[fx.Node, LostBatchError]
     batch: int | None
     tokens: Known
-    order: dict[fx.Node, int] = field(default_factory=dict)
+    order: dict[fx.Node, int]
 
     def sorted(self, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
         """``nodes`` in graph order, without repeats."""

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from difa_fx.passes.graph_tools import arg, shape_of, tensor_of
+from difa_fx.passes.graph_tools import arg, axis_order, shape_of, tensor_of
 
 aten = torch.ops.aten
 
@@ -105,10 +105,10 @@ def _concatenated(node: fx.Node, known: Known, stream: Set[fx.Node]) -> Tokens |
     ndim = len(shape_of(node))
     axis = arg(node, "dim") % ndim
     nodes = [source for source in sources if isinstance(source, fx.Node)]
-    if any(n in known and known[n].axis != axis for n in nodes):
+    if axis == ndim - 1 or any(n in known and known[n].axis != axis for n in nodes):
         return _elementwise(node, known)
-    if axis == ndim - 1 or len(nodes) < 2:
-        return _elementwise(node, known) if axis == ndim - 1 else None
+    if len(nodes) < 2:
+        return None
     if not any(n in known for n in nodes) and (all(n in stream for n in nodes) or not any(n in stream for n in nodes)):
         return None
     parts: list[Part] = []
@@ -226,14 +226,7 @@ def _permuted(node: fx.Node, known: Known) -> Tokens | None:
     tokens = _lead(node, known)
     if tokens is None:
         return None
-    ndim = len(shape_of(node))
-    order = list(range(ndim))
-    if node.target is aten.permute.default:
-        order = [d % ndim for d in arg(node, "dims")]
-    else:
-        one, other = arg(node, "dim0") % ndim, arg(node, "dim1") % ndim
-        order[one], order[other] = order[other], order[one]
-    return Tokens(order.index(tokens.axis), tokens.parts)
+    return Tokens(axis_order(node).index(tokens.axis), tokens.parts)
 
 
 def _sliced(node: fx.Node, known: Known) -> Tokens | None:

@@ -32,7 +32,7 @@ def row(found: Case, graphs: Sequence[GraphReport]) -> str:
     kinds = sorted({site.kind for site in sites})
     methods = " ".join(dict.fromkeys(method for site in sites for method in site.methods))
     limits = dict.fromkeys(f"{method}: {why}" for site in sites for method, why in site.refused if "+" not in method)
-    if any("+cfg" in method for site in sites for method, _ in site.refused if method == "full+cfg"):
+    if any(method == "full+cfg" for site in sites for method, _ in site.refused):
         limits["no half of the batch at some sites: it is put together sample by sample"] = None
     reasons: dict[str, int] = {}
     for graph in graphs:
