@@ -1,0 +1,118 @@
+"""Window attention on CPU by a kernel of our own, ``cpu_window.cpp``: in float32, along one axis, with text or without.
+
+A window step reads the keys that its queries see and nothing else, and adds the residual on the way out; a step that
+refreshes the residual computes attention inside and outside the window side by side, and full attention is the merge
+of the two.  The source is built by the C++ compiler that Inductor uses, and kept in Inductor's cache.
+
+Letters: B batch, H heads, N tokens, D head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from difa_fx._torch import build_cpp
+
+_SOURCE: Final = Path(__file__).with_name("cpu_window.cpp")
+_POINTER: Final = ctypes.c_void_p
+_SIZE: Final = ctypes.c_int64
+
+_library: Any = torch.library.Library("difa", "FRAGMENT")  # type: ignore[no-untyped-call]
+_BAND = "int window, int[] text, float? scale"
+_library.define(f"cpu_window(Tensor q, Tensor k, Tensor v, Tensor? residual, {_BAND}) -> Tensor")
+_library.define(f"cpu_refresh(Tensor q, Tensor k, Tensor v, {_BAND}) -> (Tensor, Tensor)")
+
+cpu_window = torch.ops.difa.cpu_window.default
+"""Attention within the window, plus ``residual`` if there is one, [B, N, H, D]; q, k and v are [B, H, N, D]."""
+
+cpu_refresh = torch.ops.difa.cpu_refresh.default
+"""Full attention, and full minus attention within the window, both [B, N, H, D]."""
+
+
+def serves(like: Tensor, grid: Sequence[int], *, masked: bool) -> bool:
+    """Whether the kernel can be used for such tensors; builds it where that is all that is missing."""
+    fits = like.device.type == "cpu" and like.dtype == torch.float32 and len(grid) == 1 and not masked
+    return fits and _kernel() is not None
+
+
+@functools.cache
+def _kernel() -> Callable[..., None] | None:
+    """The kernel, built once; None, after a warning, where there is no compiler for it."""
+    try:
+        kernel = build_cpp(_SOURCE.read_text(encoding="utf-8")).difa_window
+    except (RuntimeError, OSError) as error:
+        warnings.warn(
+            f"the C++ kernel for windows cannot be built, so they run as tiles, which is slower: {error}", stacklevel=2
+        )
+        return None
+    kernel.argtypes = [*[_POINTER] * 8, *[_SIZE] * 3, ctypes.c_float, ctypes.c_int]
+    kernel.restype = None
+    return kernel  # type: ignore[no-any-return]
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor | None,
+    window: int,
+    text: Sequence[int],
+    scale: float | None,
+    *,
+    refresh: bool,
+) -> tuple[Tensor, Tensor | None]:
+    kernel = _kernel()
+    assert kernel is not None
+    batch, heads, tokens, width = q.shape
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    residual = None if residual is None else residual.contiguous()
+    out, *missed = (q.new_empty((batch, tokens, heads, width)) for _ in range(1 + refresh))
+    kernel(
+        *(None if t is None else t.data_ptr() for t in (q, k, v, residual, out, missed[0] if missed else None)),
+        (_SIZE * 4)(batch, heads, tokens, width),
+        (_SIZE * 9)(*(stride for t in (q, k, v) for stride in t.stride()[:3])),
+        window,
+        *text,
+        width**-0.5 if scale is None else scale,
+        torch.get_num_threads(),
+    )
+    return out, missed[0] if missed else None
+
+
+def _cpu_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor | None,
+    window: int,
+    text: Sequence[int],
+    scale: float | None,
+) -> Tensor:
+    return _run(q, k, v, residual, window, text, scale, refresh=False)[0]
+
+
+def _cpu_refresh(
+    q: Tensor, k: Tensor, v: Tensor, window: int, text: Sequence[int], scale: float | None
+) -> tuple[Tensor, Tensor]:
+    full, missed = _run(q, k, v, None, window, text, scale, refresh=True)
+    assert missed is not None
+    return full, missed
+
+
+def _like(q: Tensor) -> Tensor:
+    batch, heads, tokens, width = q.shape
+    return q.new_empty((batch, tokens, heads, width))
+
+
+_library.impl("cpu_window", _cpu_window, "CPU")
+_library.impl("cpu_refresh", _cpu_refresh, "CPU")
+torch.library.register_fake("difa::cpu_window", lambda q, *rest: _like(q), lib=_library)
+torch.library.register_fake("difa::cpu_refresh", lambda q, *rest: (_like(q), _like(q)), lib=_library)
