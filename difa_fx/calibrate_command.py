@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from difa_fx.errors import CalibrationError, OptionError
-from difa_fx.plan import DEFAULT_WINDOW, Plan
+from difa_fx.plan import DEFAULT_WINDOW, CFGOrder, Plan
 from difa_fx.targets import is_function, made_by
 
 
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--candidates", nargs="+", help="methods to try, in order")
     parser.add_argument("--loss", default="paper", help="paper, reference, rse or ssim (default %(default)s)")
-    parser.add_argument("--cfg", default="auto", choices=("auto", "cond_first", "uncond_first", "none"))
+    parser.add_argument("--cfg", default="auto", choices=("auto", *get_args(CFGOrder), "none"))
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--negative-prompt")
     parser.add_argument("--seed", type=int, default=0)

@@ -25,6 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from difa_fx import plan_rules as rules
+from difa_fx.asked import Asked, wrong
 from difa_fx.budgeting import choose_for_budget
 from difa_fx.checkpoint import Record, fingerprint_of, open_record
 from difa_fx.drivers import Planned, Watched
@@ -32,7 +33,7 @@ from difa_fx.errors import CalibrationError
 from difa_fx.findings import summary
 from difa_fx.generation import Generation, drift, generation_of
 from difa_fx.greedy import CANDIDATES, Greedy, least_and_most_calls
-from difa_fx.guidance import guidance_order, is_guided
+from difa_fx.guidance import call_order, guidance_order, is_guided, two_calls
 from difa_fx.losses import loss as loss_named
 from difa_fx.options import parse_options
 from difa_fx.passes.find_attention import Attention
@@ -43,49 +44,6 @@ from difa_fx.search import Backend, SearchSettings
 from difa_fx.workers import Workers, share_samples
 
 _VERIFICATIONS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What a calibration was asked for, checked; everything its result depends on but the denoiser and the samples."""
-
-    steps: int
-    threshold: float | None
-    target_speedup: float | None
-    target_flops: float | None
-    window: Window
-    candidates: tuple[Method, ...]
-    loss: str
-    cfg: str | None
-    seed: int
-    compiler: str
-    window_kernel: str
-    inductor: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        given = [self.threshold, self.target_speedup, self.target_flops]
-        if sum(value is not None for value in given) != 1:
-            raise _wrong("one goal is needed", "goal", given, "one of threshold, target_speedup and target_flops")
-        limits = {"threshold": (0.0, 10.0), "target_speedup": (1.0, 100.0), "target_flops": (0.0, 1.0)}
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and low <= value <= high):
-                raise _wrong("a goal is out of range", name, value, f"a number from {low:g} to {high:g}")
-        if self.cfg not in ("auto", "cond_first", "uncond_first", None):
-            raise _wrong(
-                "the order of the CFG halves is unknown",
-                "cfg",
-                self.cfg,
-                "'auto', 'cond_first', 'uncond_first' or None",
-            )
-        if Method.FULL in self.candidates:
-            raise _wrong("'full' is no candidate: it is what is left", "candidates", self.candidates, CANDIDATES)
-
-    @property
-    def search(self) -> str:
-        """``greedy`` or ``budget``."""
-        return "budget" if self.threshold is None else "greedy"
 
 
 def calibrate(
@@ -132,7 +90,8 @@ def calibrate(
         window: tokens to either side of a query.
         candidates: methods to try, in order.
         loss: ``paper``, ``reference``, ``rse`` or ``ssim``; thresholds of one are not those of another.
-        cfg: ``cond_first``, ``uncond_first``, None for no ``+cfg`` methods, or ``auto`` to tell from the inputs.
+        cfg: ``cond_first`` or ``uncond_first`` for two halves in one batch, ``cond_call_first`` or
+            ``uncond_call_first`` for two calls a step, None for no ``+cfg`` methods, ``auto`` to tell from the inputs.
         seed: of the noise; sample i has its own.
         sampler: runs one generation of a bare denoiser: ``sampler(model, samples)``, seeded by torch's generator.
         guidance_scale: handed to the pipeline.
@@ -174,7 +133,7 @@ def calibrate(
     )
     loss_named(loss)
     if not len(samples):
-        raise _wrong("there are no samples", "samples", list(samples), "one sample or more")
+        raise wrong("there are no samples", "samples", list(samples), "one sample or more")
     workers, own = share_samples(samples)
     generation = generation_of(
         target,
@@ -215,8 +174,12 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _wrong(what: str, where: str, got: object, allowed: object) -> CalibrationError:
-    return CalibrationError(what, where=f"calibrate({where}=...)", got=got, allowed=allowed, todo="mend the argument")
+class _TwoCallsFoundError(Exception):
+    """The sampler calls the denoiser twice a step; not for users."""
+
+    def __init__(self, order: CFGOrder) -> None:
+        self.order = order
+        super().__init__(order)
 
 
 @dataclass(slots=True)
@@ -232,9 +195,21 @@ class _Calibration:
     verify: int
     samples: int
     backend: Backend = field(init=False)
+    order: CFGOrder | None = None
 
     def run(self) -> Plan:
-        self.backend = Backend(self._settle)
+        try:
+            plan = self._plan()
+        except _TwoCallsFoundError as found:
+            self.order = found.order
+            plan = self._plan()
+        self.record.keep(plan=plan.to_dict())
+        if self.progress and all(method is Method.FULL for row in plan.methods for method in row):
+            self._explain(plan)
+        return plan
+
+    def _plan(self) -> Plan:
+        self.backend = Backend(self._settle, self._watch)
         with self.generation.compiled(self.backend):
             if self.asked.search == "greedy":
                 plan, findings = self._greedy()
@@ -248,12 +223,7 @@ class _Calibration:
                     target_flops=self.asked.target_flops,
                 )
             plan = self._with_findings(plan, findings)
-            if self.verify:
-                plan = self._verified(plan)
-        self.record.keep(plan=plan.to_dict())
-        if self.progress and all(method is Method.FULL for row in plan.methods for method in row):
-            self._explain(plan)
-        return plan
+            return self._verified(plan) if self.verify else plan
 
     def generate(self, driver: Any, what: str) -> Any:
         """One generation with ``driver``; what the sampler gives."""
@@ -266,14 +236,15 @@ class _Calibration:
                 allowed="a denoiser with at least one site",
                 todo="`difa inspect` lists every attention and why it is left alone",
             )
-        if self.backend.steps != self.asked.steps:
+        expected = self.asked.steps * self.backend.graph.calls_per_step
+        if self.backend.calls != expected:
             raise CalibrationError(
                 "the sampler called the denoiser another number of times than there are steps",
                 where=what,
-                got=f"{self.backend.steps} calls",
-                allowed=f"{self.asked.steps} calls (num_inference_steps)",
+                got=f"{self.backend.calls} calls",
+                allowed=f"{expected} calls for {self.asked.steps} steps (num_inference_steps)",
                 todo="pass the number of calls as num_inference_steps with a sampler of your own, or use a scheduler "
-                "that calls the denoiser once a step",
+                "that calls the denoiser once a step, or, with guidance in two calls, twice",
             )
         return result
 
@@ -306,12 +277,13 @@ class _Calibration:
     def _settle(self, attention: Attention, args: Sequence[Any]) -> tuple[SearchSettings, tuple[Method, ...]]:
         """Settle the CFG order and the candidates, at the first call."""
         asked, inputs = self.asked, attention.inputs
-        order: CFGOrder | None = None
-        if asked.cfg is not None and any(m.shares_cfg for m in asked.candidates) and is_guided(args, inputs):
-            known = asked.cfg if asked.cfg != "auto" else None
-            order = rules.as_cfg(known, "cfg") or guidance_order(args, inputs, self._dynamic(args))
+        known = self.order or rules.as_cfg(asked.cfg if asked.cfg != "auto" else None, "cfg")
+        order = known if rules.calls_per_step(known) == 2 else None
+        if not order and asked.cfg and any(m.shares_cfg for m in asked.candidates) and is_guided(args, inputs):
+            order = known or guidance_order(args, inputs, self._dynamic(args))
         order = self.workers.same(order)
-        candidates = tuple(m for m in asked.candidates if order is not None or not m.shares_cfg)
+        shared = asked.cfg is not None and order not in (None, "uncond_call_first")
+        candidates = tuple(m for m in asked.candidates if shared or not m.shares_cfg)
         settings = SearchSettings(
             window=asked.window,
             cfg=order,
@@ -320,6 +292,11 @@ class _Calibration:
             inductor=asked.inductor,
         )
         return settings, candidates
+
+    def _watch(self, attention: Attention, first: Sequence[Any], second: Sequence[Any]) -> None:
+        """Begin again where a step proves to be two calls."""
+        if self.asked.cfg in ("auto", None) and two_calls(first, second, attention.inputs):
+            raise _TwoCallsFoundError("cond_call_first" if self.asked.cfg is None else call_order(first, second))
 
     def _dynamic(self, args: Sequence[Any]) -> list[int]:
         owned = {id(p) for p in (*self.generation.denoiser.parameters(), *self.generation.denoiser.buffers())}
@@ -334,7 +311,8 @@ class _Calibration:
                 graph = self.backend.graph
                 assert graph is not None
                 if step == 0 and number == 0:
-                    least, most = least_and_most_calls(self.asked.steps, len(graph.sites), len(graph.candidates))
+                    sizes = (self.asked.steps, len(graph.sites), len(graph.candidates))
+                    least, most = (n * graph.calls_per_step for n in least_and_most_calls(*sizes))
                     self.say(f"the search takes {least:.0f} to {most:.0f} calls of the denoiser")
                 bar.update(1 / len(graph.sites))
                 bar.set_postfix_str(f"step {step} {graph.sites[number].path} {method}"[-48:])

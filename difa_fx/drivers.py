@@ -21,20 +21,20 @@ from difa_fx.workers import Workers
 
 @dataclass(slots=True)
 class Watched:
-    """Another driver, with the latents of each step kept on CPU and the seconds of each call."""
+    """Another driver, with the latents of each step kept on CPU and its seconds."""
 
     driver: Driver
     latents: list[Tensor] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def step(self, graph: SearchGraph, step: int, args: Sequence[Any]) -> tuple[Any, ...]:
+    def step(self, graph: SearchGraph, step: int, calls: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
         """Keep the latents and hand on."""
         position = graph.attention.inputs.latents
         if position is not None:
-            self.latents.append(args[position].detach().to("cpu", torch.float32, copy=True))
+            self.latents.append(calls[0][position].detach().to("cpu", torch.float32, copy=True))
         outputs: list[tuple[Any, ...]] = []
-        self.seconds.append(timed(lambda: outputs.append(self.driver.step(graph, step, args)), graph.cuda))
-        return outputs[0]
+        self.seconds.append(timed(lambda: outputs.extend(self.driver.step(graph, step, calls)), graph.cuda))
+        return outputs
 
 
 @dataclass(slots=True)
@@ -44,11 +44,11 @@ class Planned:
     plan: Plan
     _runner: Runner | None = None
 
-    def step(self, graph: SearchGraph, step: int, args: Sequence[Any]) -> tuple[Any, ...]:
-        """The call under the plan."""
+    def step(self, graph: SearchGraph, step: int, calls: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+        """The step's calls under the plan."""
         if self._runner is None:
             self._runner = graph.runner(self.plan)
-        return self._runner(*args)
+        return [self._runner(*args) for args in calls]
 
 
 @dataclass(slots=True)
@@ -66,9 +66,9 @@ class Disturbed:
     found: float = 0.0
     _state: State = field(default_factory=dict)
 
-    def step(self, graph: SearchGraph, step: int, args: Sequence[Any]) -> tuple[Any, ...]:
+    def step(self, graph: SearchGraph, step: int, calls: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
         """Full attention, or every output cached."""
-        frontier = graph.start(args, self._state)
+        frontier = graph.start(calls, self._state)
         if step not in (self.at - 1, self.at):
             return graph.complete(frontier)
         full = [Method.FULL] * len(graph.sites)

@@ -54,9 +54,9 @@ class Greedy:
     losses: list[list[Losses]] = field(default_factory=list)
     _state: State = field(default_factory=dict)
 
-    def step(self, graph: SearchGraph, step: int, args: Sequence[Any]) -> tuple[Any, ...]:
+    def step(self, graph: SearchGraph, step: int, calls: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
         """Choose what every site does at ``step``, and give the denoiser's outputs under it."""
-        frontier = graph.start(args, self._state)
+        frontier = graph.start(calls, self._state)
         if step < len(self.rows):
             frontier = replay(graph, frontier, self.rows[: step + 1])
         else:

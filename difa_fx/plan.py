@@ -285,7 +285,7 @@ class Plan:
     @property
     def calls_per_step(self) -> int:
         """How often a step calls the denoiser: twice where the halves of guidance are calls of their own."""
-        return 2 if self.cfg is not None and self.cfg.endswith("call_first") else 1
+        return rules.calls_per_step(self.cfg)
 
     @property
     def uses_cfg(self) -> bool:

@@ -154,6 +154,11 @@ def as_cfg(value: object, where: str) -> CFGOrder | None:
     return None
 
 
+def calls_per_step(cfg: CFGOrder | None) -> int:
+    """How often a step calls the denoiser: twice where the halves of guidance are calls of their own."""
+    return 2 if cfg is not None and cfg.endswith("call_first") else 1
+
+
 def as_name(value: object, where: str) -> str | None:
     """Text that is not empty, or None."""
     if value is not None and (not isinstance(value, str) or not value):

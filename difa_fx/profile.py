@@ -25,7 +25,7 @@ from difa_fx.greedy import finite
 from difa_fx.losses import Loss
 from difa_fx.plan import Method
 from difa_fx.program import State
-from difa_fx.schedule import SiteAction, SiteStep
+from difa_fx.schedule import SiteStep
 from difa_fx.search import Frontier, SearchGraph, main_output
 from difa_fx.workers import Workers
 
@@ -58,9 +58,9 @@ class Profiler:
     _state: State = field(default_factory=dict)
     _seen: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)
 
-    def step(self, graph: SearchGraph, step: int, args: Sequence[Any]) -> tuple[Any, ...]:
+    def step(self, graph: SearchGraph, step: int, calls: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
         """Run ``step`` in full; try every method at every site, from the second step on."""
-        frontier = graph.start(args, self._state)
+        frontier = graph.start(calls, self._state)
         known = step < len(self.losses)
         reference = main_output(graph.complete(frontier)) if step and not known else None
         timed: set[str] = set()
@@ -129,15 +129,7 @@ class Profiler:
             self.seconds[site.path] = self.seconds[twin]
             return
         timed.add(structure)
-        entries = {"full": SiteStep(SiteAction(Method.FULL))}
-        for method in (Method.FULL, *graph.candidates):
-            if method in site.refused or not method.computes:
-                continue
-            entry = graph.entry(number, [Method.FULL, method])
-            entries[str(entry.action)] = entry
-            if method.refreshes:
-                entries[method.value] = SiteStep(SiteAction(method), output_half=entry.output_half)
-        self.seconds[site.path] = self.workers.same(time_actions(graph, frontier, entries))
+        self.seconds[site.path] = self.workers.same(time_actions(graph, frontier, graph.timed_entries(number)))
 
 
 def _singles(candidates: Sequence[Method], refused: Mapping[Method, str]) -> list[Method]:
@@ -146,7 +138,7 @@ def _singles(candidates: Sequence[Method], refused: Mapping[Method, str]) -> lis
     return [method for method in SINGLE if method in wanted and method not in refused]
 
 
-def time_actions(graph: SearchGraph, frontier: Frontier, entries: Mapping[str, SiteStep]) -> dict[str, float]:
+def time_actions(graph: SearchGraph, frontier: Frontier, entries: Mapping[str, Sequence[SiteStep]]) -> dict[str, float]:
     """Median seconds of the next site's region under each entry; the entries take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in entries}
     for turn in range(_TIMED + 2):

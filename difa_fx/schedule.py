@@ -176,11 +176,31 @@ def column_calls(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
     return tuple(calls)
 
 
-def open_step(methods: Sequence[Method]) -> SiteStep:
+def open_step(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
     """The last step of a site's ``methods`` so far, when any method may come next: all that it makes is kept."""
     last = column_steps(methods)[-1]
     action = SiteAction(last.action.method, writes_residual=last.action.method.refreshes)
-    return replace(last, action=action, keeps_output=True, keeps_residual=True)
+    return (replace(last, action=action, keeps_output=True, keeps_residual=True),)
+
+
+def open_calls(methods: Sequence[Method]) -> tuple[SiteStep, ...]:
+    """The same where a step is two calls, the conditional one first."""
+    first, second = column_calls(methods)[-2:]
+    method = methods[-1]
+    handed = method is Method.FULL_CFG
+    kept = {"keeps_output": True, "keeps_residual": True}
+    writes = SiteAction(method.alone, writes_residual=method.refreshes)
+    alone = SiteAction(method.alone, writes_residual=method is Method.FULL)
+    return (
+        replace(first, action=writes, hands_residual=handed, **kept),
+        replace(second, action=alone, takes_residual=handed, **kept),
+    )
+
+
+def without_residuals(entry: SiteStep) -> SiteStep:
+    """``entry`` where no window can ever come: nothing of that kind is made or handed over."""
+    action = replace(entry.action, writes_residual=False)
+    return replace(entry, action=action, keeps_residual=False, hands_residual=False, takes_residual=False)
 
 
 def _cached_follows(methods: Sequence[Method], step: int) -> bool:

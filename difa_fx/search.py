@@ -3,7 +3,7 @@
 The layers before a site do not change while the site is tried, so a trial starts from a *frontier*: the values and the
 state just before the site's region.  :meth:`SearchGraph.advance` runs one site and goes on to the next,
 :meth:`SearchGraph.complete` runs what is left in full.  All of it runs on the pieces that a plan would run on; each is
-compiled once.
+compiled once.  Where a step is two calls of the denoiser, one for each half of guidance, both are tried together.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from difa_fx.passes.partition import partition
 from difa_fx.passes.rewrite import RewriteSettings
 from difa_fx.passes.window_attention import fitted
 from difa_fx.plan import CFGOrder, Method, Plan
-from difa_fx.plan_rules import Window
+from difa_fx.plan_rules import Window, calls_per_step
 from difa_fx.program import Call, ProgramBuilder, State
 from difa_fx.runtime import Runner
-from difa_fx.schedule import FULL, SiteAction, SiteStep, make_schedule, open_step
+from difa_fx.schedule import FULL, SiteAction, SiteStep, make_schedule, open_calls, open_step, without_residuals
+from difa_fx.step_calls import TwoCalls
 
 
 @dataclass(slots=True)
@@ -38,20 +39,20 @@ class Frontier:
 
     Attributes:
         site: the site that comes next; the number of sites when the call is complete.
-        slots: values so far.
+        slots: values so far, of each of the step's calls.
         state: outputs and residuals; those of the sites before are this step's.
     """
 
     site: int
-    slots: list[Any]
+    slots: list[list[Any]]
     state: State
 
 
 class Driver(Protocol):
     """Decides what the sites do at each step of a generation that it is shown call by call."""
 
-    def step(self, graph: SearchGraph, step: int, args: Sequence[Any]) -> tuple[Any, ...]:
-        """Serve call number ``step`` of the denoiser; gives the graph's outputs."""
+    def step(self, graph: SearchGraph, step: int, calls: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+        """Serve step number ``step``: the graph's inputs in each of its calls; gives the graph's outputs in each."""
         ...
 
 
@@ -76,6 +77,7 @@ class SearchGraph:
         candidates: the methods that may be tried.
         window: tokens to either side.
         cfg: the order of the CFG halves.
+        calls_per_step: two where the halves are calls of their own.
         work: denoiser calls' worth of regions run so far.
     """
 
@@ -89,7 +91,9 @@ class SearchGraph:
         rewriting = RewriteSettings(
             window=settings.window, second=settings.cfg == "uncond_first", kernel=settings.window_kernel
         )
-        attention = replace(attention, sites=tuple(fitted(site, settings.window) for site in attention.sites))
+        self.calls_per_step = calls_per_step(settings.cfg)
+        sites = [fitted(s, settings.window, calls_per_step=self.calls_per_step) for s in attention.sites]
+        attention = replace(attention, sites=tuple(sites))
         self.sites: tuple[AttentionSite, ...] = attention.sites
         self.shapes: dict[str, SiteShape] = {site.path: site.shape for site in self.sites}
         self.attention, self.candidates, self.work = attention, tuple(candidates), 0.0
@@ -114,40 +118,42 @@ class SearchGraph:
 
     def compile(self) -> None:
         """Compile every piece that a search can need."""
-        actions = {FULL} | {SiteAction(m) for m in self.candidates if m.computes}
+        methods = {m if self.calls_per_step == 1 else m.alone for m in self.candidates if m.computes}
+        actions = {FULL} | {SiteAction(m) for m in methods}
         actions |= {replace(action, writes_residual=True) for action in actions if action.method.refreshes}
-        rows = [{site.path: SiteStep(self._possible(site, action)) for site in self.sites} for action in actions]
+        rows = [{site.path: self._possible(site, SiteStep(action)) for site in self.sites} for action in actions]
         self.builder.compile_rows(sorted(rows, key=str))
 
-    def start(self, args: Sequence[Any], state: State) -> Frontier:
-        """A call with the graph's inputs, as far as the first site."""
-        frontier = Frontier(0, self.builder.start(args), dict(state))
+    def start(self, calls: Sequence[Sequence[Any]], state: State) -> Frontier:
+        """A step with the graph's inputs in each of its calls, as far as the first site."""
+        frontier = Frontier(0, [self.builder.start(args) for args in calls], dict(state))
         self._run(frontier, range(self._regions[0]))
         return frontier
 
     def advance(self, frontier: Frontier, methods: Sequence[Method]) -> Frontier:
         """The next site does the last of ``methods``, its column so far; ``frontier`` stays as it is."""
-        reached = Frontier(frontier.site + 1, list(frontier.slots), dict(frontier.state))
+        reached = Frontier(frontier.site + 1, [list(slots) for slots in frontier.slots], dict(frontier.state))
         region = self._regions[frontier.site]
-        self.builder.run([self._call(region, self.entry(frontier.site, methods))], reached.slots, reached.state)
+        for slots, entry in zip(reached.slots, self.entries(frontier.site, methods), strict=True):
+            self.builder.run([self._call(region, entry)], slots, reached.state)
         self._run(reached, range(region + 1, self._regions[reached.site]))
-        self.work += 1 / len(self.sites)
+        self.work += len(frontier.slots) / len(self.sites)
         return reached
 
-    def complete(self, frontier: Frontier) -> tuple[Any, ...]:
+    def complete(self, frontier: Frontier) -> list[tuple[Any, ...]]:
         """The graph's outputs with full attention from the next site on; ``frontier`` stays as it is."""
-        rest = Frontier(frontier.site, list(frontier.slots), {})
+        rest = Frontier(frontier.site, [list(slots) for slots in frontier.slots], {})
         self._run(rest, range(self._regions[frontier.site], self._regions[-1]))
-        self.work += (len(self.sites) - frontier.site) / len(self.sites)
-        return self.builder.collect(rest.slots)
+        self.work += len(rest.slots) * (len(self.sites) - frontier.site) / len(self.sites)
+        return self.outputs(rest)
 
-    def outputs(self, frontier: Frontier) -> tuple[Any, ...]:
-        """The graph's outputs, once every site has advanced."""
-        return self.builder.collect(frontier.slots)
+    def outputs(self, frontier: Frontier) -> list[tuple[Any, ...]]:
+        """The graph's outputs in each call, once every site has advanced."""
+        return [self.builder.collect(slots) for slots in frontier.slots]
 
     def runner(self, plan: Plan) -> Runner:
         """What ``plan`` runs on, with the pieces of this search."""
-        clock = Clock(plan.steps)
+        clock = Clock(plan.steps, calls=plan.calls_per_step)
         clock.begin()
         return Runner(
             graph=self._graph,
@@ -160,27 +166,43 @@ class SearchGraph:
             strict=True,
         )
 
-    def run_site(self, frontier: Frontier, entry: SiteStep) -> None:
-        """Run the next site's region alone and drop what it gives; for timing."""
-        self.builder.run([self._call(self._regions[frontier.site], entry)], list(frontier.slots), dict(frontier.state))
+    def run_site(self, frontier: Frontier, entries: Sequence[SiteStep]) -> None:
+        """Run the next site's region alone, in each call, and drop what it gives; for timing."""
+        state = dict(frontier.state)
+        for slots, entry in zip(frontier.slots, entries, strict=True):
+            self.builder.run([self._call(self._regions[frontier.site], entry)], list(slots), state)
 
-    def entry(self, number: int, methods: Sequence[Method]) -> SiteStep:
-        """What site ``number`` does under the last of ``methods``, with all kept that a candidate could read later."""
-        entry = open_step(methods)
-        return replace(entry, action=self._possible(self.sites[number], entry.action))
+    def entries(self, number: int, methods: Sequence[Method]) -> tuple[SiteStep, ...]:
+        """What site ``number`` does, call by call, under the last of ``methods``; all a candidate may read is kept."""
+        opened = open_step(methods) if self.calls_per_step == 1 else open_calls(methods)
+        return tuple(self._possible(self.sites[number], entry) for entry in opened)
 
-    def _possible(self, site: AttentionSite, action: SiteAction) -> SiteAction:
-        """``action``, or full attention where the site cannot do it; without a residual where none could be read."""
-        if action.method not in site.methods:
-            return FULL
+    def timed_entries(self, number: int) -> dict[str, tuple[SiteStep, ...]]:
+        """What to time at site ``number``: every method, and with ``->r`` where it hands out a residual too."""
+        entries = {Method.FULL.value: (SiteStep(FULL),) * self.calls_per_step}
+        for method in (Method.FULL, *self.candidates):
+            if method in self.sites[number].refused or not method.computes:
+                continue
+            opened = self.entries(number, [Method.FULL, method])
+            writes = any(entry.action.writes_residual for entry in opened)
+            entries[method.value + ("->r" if writes else "")] = opened
+            if writes:
+                entries[method.value] = tuple(map(without_residuals, opened))
+        return entries
+
+    def _possible(self, site: AttentionSite, entry: SiteStep) -> SiteStep:
+        """``entry``, or full attention where the site cannot do it; without a residual where none could be read."""
+        if entry.action.method not in site.methods:
+            return replace(entry, action=FULL)
         windows = any(m.windowed and m in site.methods for m in self.candidates)
-        return replace(action, writes_residual=action.writes_residual and windows)
+        return entry if windows else without_residuals(entry)
 
     def _run(self, frontier: Frontier, segments: range) -> None:
         """Run segments, regions among them in full and without a residual."""
         sites = self.builder.partition.segments
         calls = [self._call(i, None if sites[i].site is None else SiteStep(FULL)) for i in segments]
-        self.builder.run(calls, frontier.slots, frontier.state)
+        for slots in frontier.slots:
+            self.builder.run(calls, slots, frontier.state)
 
     def _call(self, segment: int, entry: SiteStep | None) -> Call:
         key = (segment, entry)
@@ -189,38 +211,44 @@ class SearchGraph:
         return self._calls[key]
 
 
-def main_output(outputs: Sequence[Any]) -> Tensor:
-    """The prediction among a graph's outputs: the first floating-point tensor."""
-    for value in outputs:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
+def main_output(outputs: Sequence[Sequence[Any]]) -> Tensor:
+    """The prediction among a graph's outputs, the first floating-point tensor; of two calls, as one batch."""
+    found = [next((v for v in out if isinstance(v, Tensor) and v.is_floating_point()), None) for out in outputs]
+    tensors = [value for value in found if value is not None]
+    if tensors:
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     raise CalibrationError("the denoiser's graph yields no tensor to compare", where="calibrate")
 
 
 Choose = Callable[[Attention, Sequence[Any]], tuple[SearchSettings, Sequence[Method]]]
 """Settles, at a denoiser's first call, how it is searched and with which candidates."""
 
+Watch = Callable[[Attention, Sequence[Any], Sequence[Any]], None]
+"""Is shown the first two calls of a denoiser that was taken to be called once a step."""
+
 
 class Backend:
-    """A backend for ``torch.compile`` that shows a driver each call of the denoiser.
+    """A backend for ``torch.compile`` that shows a driver each step of the denoiser.
 
     Attributes:
         driver: who decides; replaced between generations.
-        steps: calls served in this generation.
-        timesteps: what the graph's timestep input was at each call, as far as it has one.
+        calls: calls served in this generation.
+        timesteps: what the graph's timestep input was at each step, as far as it has one.
         graph: the denoiser's graph, after its first call.
     """
 
-    def __init__(self, choose: Choose) -> None:
-        self._choose = choose
+    def __init__(self, choose: Choose, watch: Watch | None = None) -> None:
+        self._choose, self._watch = choose, watch
+        self._pairs = TwoCalls()
+        self._before: Sequence[Any] = ()
         self.driver: Driver | None = None
-        self.steps = 0
+        self.calls = 0
         self.timesteps: list[float | None] = []
         self.graph: SearchGraph | None = None
 
     def begin(self, driver: Driver) -> None:
         """The next call is the first of a generation that ``driver`` serves."""
-        self.driver, self.steps, self.timesteps = driver, 0, []
+        self.driver, self.calls, self.timesteps = driver, 0, []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one Dynamo graph."""
@@ -237,11 +265,25 @@ class Backend:
         return serve
 
     def _serve(self, graph: SearchGraph, args: Sequence[Any]) -> tuple[Any, ...]:
-        assert self.driver is not None
-        step, self.steps = self.steps, self.steps + 1
-        self.timesteps.append(graph.attention.inputs.time(args))
+        step, call = divmod(self.calls, graph.calls_per_step)
+        self.calls += 1
+        if call == 0:
+            self.timesteps.append(graph.attention.inputs.time(args))
+        driver = self.driver
+        assert driver is not None
+
+        def run(calls: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+            return driver.step(graph, step, calls)
+
         with torch.no_grad():
-            return self.driver.step(graph, step, args)
+            if call == 1:
+                return self._pairs.second(args, run)
+            if graph.calls_per_step == 2:
+                return self._pairs.first(args, lambda args: graph.complete(graph.start((args,), {}))[0], run)
+            if step == 1 and self._watch is not None:
+                self._watch(graph.attention, self._before, args)
+            self._before, self._watch = args, self._watch if step == 0 else None
+            return run((args,))[0]
 
     def _graph(
         self, gm: fx.GraphModule, args: Sequence[Any], sources: Sequence[str]
@@ -254,7 +296,7 @@ class Backend:
             raise CalibrationError(
                 "the denoiser runs as more than one graph with attention in it",
                 where="calibrate",
-                got=f"a second graph, at call {self.steps + 1}",
+                got=f"a second graph, at call {self.calls + 1}",
                 allowed="one graph, at one batch size and resolution, from the first step to the last",
                 todo="keep batch, resolution and guidance the same throughout, and look for graph breaks with "
                 "TORCH_LOGS=graph_breaks",
