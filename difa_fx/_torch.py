@@ -7,6 +7,8 @@ may import from a torch module whose name starts with an underscore.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from torch._higher_order_ops.flex_attention import flex_attention as flex_attent
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_forward, create_compiler_config_extra
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
@@ -43,11 +46,13 @@ __all__ = [
     "WeakIdKeyDictionary",
     "apart_from_dynamo",
     "breaks_graph",
+    "build_cpp",
     "compile_inductor",
     "deferred_kernels",
     "export_aten",
     "fake_inputs",
     "flex_band",
+    "flex_with_lse",
     "inductor_mode",
     "inductor_option_names",
     "input_sources",
@@ -271,13 +276,43 @@ def is_static_input(value: object) -> bool:
 def flex_band(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float | None) -> Tensor:
     """flex_attention as the operator Inductor lowers, without Dynamo.  Tensors are [B, H, N, D].
 
-    Calls the higher-order operator with the options the public function would give it; the public function
-    would start a compilation of its own.
+    Every query must see some key.
     """
-    options = _apply_kernel_options(q, k, v, False, {"ROWS_GUARANTEED_SAFE": True})
+    return _flex(q, k, v, block_mask, scale, lse=False)[0]
+
+
+def flex_with_lse(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float | None) -> tuple[Tensor, Tensor]:
+    """The same with the binary logarithm of each query's sum of exponentials, [B, H, N]; not on CPU.
+
+    A query that sees no key gets zeros, and minus infinity.
+    """
+    return _flex(q, k, v, block_mask, scale, lse=True)
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float | None, *, lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Calls the higher-order operator with the options the public function would give it.
+
+    The public function would start a compilation of its own.
+    """
+    options = _apply_kernel_options(q, k, v, lse, {} if lse else {"ROWS_GUARANTEED_SAFE": True})
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.device.type == "cpu":
         # The C++ template reads the sizes of q's and k's buffers, so they must be no views of a projection's.
         q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
-    out, *_ = flex_attention_hop(q, k, v, _identity, block_mask.as_tuple(), scale, dict(options))
-    return out
+    out, log_sum, *_ = flex_attention_hop(q, k, v, _identity, block_mask.as_tuple(), scale, dict(options))
+    return out, log_sum
+
+
+def build_cpp(source: str) -> ctypes.CDLL:
+    """C++ ``source`` built for this CPU, with OpenMP and torch's libraries, and loaded; kept in Inductor's cache.
+
+    Raises RuntimeError or OSError where there is no compiler, or the source does not compile.
+    Wraps ``CppCodeCache``.
+    """
+    takes = inspect.signature(CppCodeCache.load_async).parameters
+    found: ctypes.CDLL = CppCodeCache.load_async(
+        source, **({"needs_vec_isa": True} if "needs_vec_isa" in takes else {})
+    )()
+    return found

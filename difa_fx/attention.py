@@ -8,19 +8,21 @@ Letters: B batch, H heads, N tokens, D head width, S block of queries, L keys of
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from difa_fx._torch import flex_band
+from difa_fx._torch import flex_band, flex_with_lse
 from difa_fx.banded import band_attention, band_residual, tile_bias
 from difa_fx.block_masks import block_lists, block_mask
+from difa_fx.cpu_window import cpu_refresh, cpu_window, serves
 from difa_fx.errors import OptionError
 
-WindowKernel = Literal["flex", "flash", "sdpa"]
-WINDOW_KERNELS: Final = ("auto", "flex", "flash", "sdpa")
+WindowKernel = Literal["cpp", "flex", "flash", "sdpa"]
+WINDOW_KERNELS: Final = ("auto", "cpp", "flex", "flash", "sdpa")
 
 
 def window_attention(
@@ -54,6 +56,9 @@ def window_attention(
     Returns:
         [B, H, N, D], in the layout scaled_dot_product_attention gives.
     """
+    if kernel == "cpp":
+        out_BNHD = cpu_window(q_BHND, k_BHND, v_BHND, residual_BNHD, size[0], list(text), scale)
+        return cast(Tensor, out_BNHD.transpose(1, 2))
     if kernel == "sdpa" and constants:
         settings = (list(grid), list(size), list(text), scale)
         out_BNHD = band_attention(q_BHND, k_BHND, v_BHND, mask, residual_BNHD, constants[0], *settings)
@@ -82,6 +87,50 @@ def window_residual(
         return cast(Tensor, band_residual(full_BNHD, q_BHND, k_BHND, v_BHND, mask, constants[0], *settings))
     out_BHND = _window(q_BHND, k_BHND, v_BHND, mask, constants, grid, size, text, scale, kernel)
     return (full_BNHD - out_BHND.transpose(1, 2)).contiguous()
+
+
+def refreshed_attention(
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    *constants: Tensor,
+    grid: tuple[int, ...],
+    size: tuple[int, ...],
+    text: tuple[int, int] = (0, 0),
+    scale: float | None = None,
+    kernel: WindowKernel = "sdpa",
+) -> tuple[Tensor, Tensor]:
+    """Full attention, [B, H, N, D], and what window attention misses of it, [B, N, H, D], at once.
+
+    Attention outside the window is computed beside attention in it, and the two are merged by their sums of
+    exponentials: with s the share of those outside, ``residual = s (outside - window)``, ``full = window + residual``.
+
+    Args:
+        constants: what :func:`refresh_tensors` made for this kernel and window.
+    """
+    if kernel == "cpp":
+        full_BNHD, missed_BNHD = cpu_refresh(q_BHND, k_BHND, v_BHND, size[0], list(text), scale)
+        return full_BNHD.transpose(1, 2), missed_BNHD
+    inside, outside = (block_mask(grid, size, text, constants[i : i + 4], outside=bool(i)) for i in (0, 4))
+    window_BHND, lse_BHN = flex_with_lse(q_BHND, k_BHND, v_BHND, inside, scale)
+    rest_BHND, rest_lse_BHN = flex_with_lse(q_BHND, k_BHND, v_BHND, outside, scale)
+    share_BHN1 = torch.sigmoid((rest_lse_BHN - lse_BHN) * math.log(2)).unsqueeze(-1)
+    missed_BHND = (share_BHN1 * (rest_BHND - window_BHND)).to(q_BHND.dtype)
+    return window_BHND + missed_BHND, missed_BHND.transpose(1, 2).contiguous()
+
+
+def refreshes_at_once(kernel: WindowKernel, *, like: Tensor) -> bool:
+    """Whether :func:`refreshed_attention` can stand for full attention and :func:`window_residual`."""
+    return kernel == "cpp" or (kernel == "flex" and like.device.type != "cpu")  # whose C++ template keeps no sums
+
+
+def refresh_tensors(
+    kernel: WindowKernel, *, grid: tuple[int, ...], size: tuple[int, ...], text: tuple[int, int], like: Tensor
+) -> tuple[Tensor, ...]:
+    """The constants that :func:`refreshed_attention` reads."""
+    if kernel == "cpp":
+        return ()
+    return tuple(t for outside in (False, True) for t in block_lists(grid, size, text, like.device, outside=outside))
 
 
 def _window(
@@ -116,7 +165,7 @@ def window_tensors(
     For ``sdpa`` the additive bias of one tile, for ``flex`` four lists of block indices: never anything of size
     N x N.
     """
-    if covers(grid, size) or kernel == "flash":
+    if covers(grid, size) or kernel in ("cpp", "flash"):
         return ()
     if kernel == "flex":
         return block_lists(grid, size, text, like.device)
@@ -134,11 +183,12 @@ def choose_kernel(
 ) -> WindowKernel:
     """The kernel for a site, given the ``window_kernel`` option.
 
-    On CPU the tiled form is the default: it was measured faster than flex's C++ template at 1 024 and 4 096
-    tokens, and it compiles faster.  A model's own mask is honoured by the tiled form alone.
+    On CPU our own kernel is the default, and where it cannot serve the tiled form: both were measured faster than
+    flex's C++ template at 1 024 and 4 096 tokens, and cost nothing to compile.  A model's own mask is honoured by the
+    tiled form alone.
 
     Raises:
-        OptionError: FlashAttention was asked for where there is none, or for a window that it does not have.
+        OptionError: a kernel was asked for where it cannot run, or for a window that it does not have.
     """
     half = like.dtype in (torch.float16, torch.bfloat16)
     plain = len(grid) == 1 and not any(text)
@@ -152,8 +202,17 @@ def choose_kernel(
         )
     if masked or covers(grid, size):
         return "sdpa"
+    own = requested in ("auto", "cpp") and serves(like, grid, masked=masked)
+    if requested == "cpp" and not own:
+        raise OptionError(
+            "the kernel for CPUs cannot run here",
+            where="options['window_kernel']",
+            got=f"'cpp' for {like.dtype} on {like.device.type}, over {len(grid)} axes",
+            allowed="float32 on cpu, a window along one axis, and a C++ compiler",
+            todo="leave window_kernel at 'auto'",
+        )
     if requested == "auto":
-        return "flex" if like.device.type == "cuda" else "sdpa"
+        return "cpp" if own else "flex" if like.device.type == "cuda" else "sdpa"
     return cast(WindowKernel, requested)
 
 

@@ -40,10 +40,10 @@ Box = tuple[slice, ...]
 """A part of a grid, axis by axis."""
 
 
-def tile_bias(grid: Sequence[int], size: Sequence[int], like: Tensor) -> Tensor:
+def tile_bias(grid: Sequence[int], size: Sequence[int], like: Tensor, *, tile: tuple[int, ...] | None = None) -> Tensor:
     """What both operators add to the scores of one tile: axes of the tile, then axes of the box around it.
 
-    Along one axis [S, S + 2 w].
+    Along one axis [S, S + 2 w].  ``tile`` is :func:`tile_shape`'s unless it is given.
     """
     outside = torch.tensor(-math.inf, dtype=like.dtype, device=like.device)
     inside = torch.zeros((), dtype=like.dtype, device=like.device)

@@ -15,19 +15,25 @@ from torch.nn.attention.flex_attention import BlockMask
 
 
 def block_lists(
-    grid: tuple[int, ...], size: tuple[int, ...], text: tuple[int, int], device: torch.device
+    grid: tuple[int, ...],
+    size: tuple[int, ...],
+    text: tuple[int, int],
+    device: torch.device,
+    *,
+    outside: bool = False,
 ) -> tuple[Tensor, ...]:
     """Four lists: (cut count, cut indices, whole count, whole indices), each [1, 1, blocks, ...].
 
     A band of one axis has them in closed form; otherwise they are read off the window, one row of blocks at a time.
+    ``outside``: of all that the window leaves out.
     """
-    if len(grid) == 1 and not any(text):
+    if len(grid) == 1 and not any(text) and not outside:
         return _band_lists(grid[0], size[0], device)
-    return _listed(grid, size, text, device)
+    return _listed(grid, size, text, device, outside)
 
 
 def _listed(
-    grid: tuple[int, ...], size: tuple[int, ...], text: tuple[int, int], device: torch.device
+    grid: tuple[int, ...], size: tuple[int, ...], text: tuple[int, int], device: torch.device, outside: bool
 ) -> tuple[Tensor, ...]:
     tokens, block = math.prod(grid) + sum(text), block_size(device)
     blocks = -(-tokens // block)
@@ -37,7 +43,7 @@ def _listed(
     rest = blocks * block - tokens
     for row in range(blocks):
         queries_S = keys_N[row * block : (row + 1) * block]
-        seen_SN = sees(queries_S[:, None], keys_N[None], grid, size, text)
+        seen_SN = sees(queries_S[:, None], keys_N[None], grid, size, text) ^ outside
         any_N, all_N = seen_SN.any(0), seen_SN.all(0)
         some[row] = torch.nn.functional.pad(any_N, (0, rest)).view(blocks, block).any(1)
         whole[row] = torch.nn.functional.pad(all_N, (0, rest)).view(blocks, block).all(1)
@@ -92,13 +98,18 @@ def _band_lists(tokens: int, window: int, device: torch.device) -> tuple[Tensor,
 
 
 def block_mask(
-    grid: tuple[int, ...], size: tuple[int, ...], text: tuple[int, int], lists: tuple[Tensor, ...]
+    grid: tuple[int, ...],
+    size: tuple[int, ...],
+    text: tuple[int, int],
+    lists: tuple[Tensor, ...],
+    *,
+    outside: bool = False,
 ) -> BlockMask:
-    """The block mask of a window, from what :func:`block_lists` gave."""
+    """The block mask of a window, or of what it leaves out, from what :func:`block_lists` gave."""
     tokens = math.prod(grid) + sum(text)
 
     def in_window(b: Tensor, h: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
-        return sees(q_index, kv_index, grid, size, text)
+        return sees(q_index, kv_index, grid, size, text) ^ outside
 
     cut_count, cut_index, whole_count, whole_index = lists
     return BlockMask.from_kv_blocks(

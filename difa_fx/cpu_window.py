@@ -55,7 +55,7 @@ def _kernel() -> Callable[..., None] | None:
         return None
     kernel.argtypes = [*[_POINTER] * 8, *[_SIZE] * 3, ctypes.c_float, ctypes.c_int]
     kernel.restype = None
-    return kernel  # type: ignore[no-any-return]
+    return kernel
 
 
 def _run(

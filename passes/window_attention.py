@@ -10,16 +10,21 @@ After, at a window step::
 
 After, at a full step whose residual a later step reads::
 
+    q, k, v -> refreshed_attention -> ..., (handed out)
+
+or, where the kernel cannot give both at once::
+
     q, k, v -> scaled_dot_product_attention -> ...
     q, k, v, its result  -> window_residual -> (handed out)
 
 However the model spells its attention, the window's takes and gives [B, H, N, D]; what turns the one into the other
-are views.  Full attention stays as the model has it.
+are views.  Where no residual is read, full attention stays as the model has it.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -68,9 +73,21 @@ def window_attention(
 def window_residual(graph: fx.Graph, site: AttentionSite, *, window: Window, kernel: str) -> fx.Node:
     """Full minus window attention of ``site``, [B, N, H, D], as a new node that nothing reads yet."""
     with graph.inserting_before(site.call.result.next):
+        args, settings = _windowed(graph, site, window, kernel, refresh=True)
+        if settings.pop("at_once"):
+            return _refreshed(graph, site, args, settings)
         full = _heads_first(graph, site.call, site.call.result)
-        args, settings = _windowed(graph, site, window, kernel)
         return graph.call_function(attention.window_residual, (full, *args), settings)
+
+
+def _refreshed(graph: fx.Graph, site: AttentionSite, args: tuple[Any, ...], settings: dict[str, Any]) -> fx.Node:
+    """Full attention and the residual from one node; the model's own attention is left without a reader."""
+    q, k, v, _, *constants = args
+    both = graph.call_function(attention.refreshed_attention, (q, k, v, *constants), settings)
+    full, missed = (graph.call_function(operator.getitem, (both, i)) for i in range(2))
+    full.meta["val"] = q.meta["val"]
+    site.call.result.replace_all_uses_with(_as_before(graph, site.call, full))
+    return missed
 
 
 def fitted(site: AttentionSite, window: Window, *, calls_per_step: int = 1) -> AttentionSite:
@@ -91,9 +108,12 @@ def fitted(site: AttentionSite, window: Window, *, calls_per_step: int = 1) -> A
 
 
 def _windowed(
-    graph: fx.Graph, site: AttentionSite, window: Window, kernel: str
+    graph: fx.Graph, site: AttentionSite, window: Window, kernel: str, *, refresh: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What both functions take: queries, keys, values, mask and the window's constants; and the settings."""
+    """What the functions take: queries, keys, values, mask and the window's constants; and the settings.
+
+    For a ``refresh`` the settings say, too, whether one kernel gives both results (``at_once``).
+    """
     call = site.call
     q = _heads_first(graph, call, call.q)
     k = _heads_first(graph, call, call.k, transposed=call.keys_transposed)
@@ -106,11 +126,14 @@ def _windowed(
     tokens = site.shape.tokens - sum(site.text)
     grid, size = ((tokens,), (window,)) if isinstance(window, int) else (window.grid, window.size)
     shape: dict[str, Any] = {"grid": grid, "size": size, "text": site.text}
-    chosen = attention.choose_kernel(kernel, like=like, masked=mask is not None, **shape)
-    tensors = attention.window_tensors(chosen, like=like, **shape)
-    name = "_".join(map(str, ("window", *grid, *size, *site.text)))
-    constants = [_constant(graph, f"{name}_{i}", tensor) for i, tensor in enumerate(tensors)]
-    return (q, k, v, mask, *constants), shape | {"scale": call.scale, "kernel": chosen}
+    masked = mask is not None
+    chosen = attention.choose_kernel(kernel, like=like, masked=masked, **shape)
+    at_once = refresh and attention.refreshes_at_once(chosen, like=like)
+    make = attention.refresh_tensors if at_once else attention.window_tensors
+    name = "_".join(map(str, ("refresh" if at_once else "window", *grid, *size, *site.text)))
+    constants = [_constant(graph, f"{name}_{i}", tensor) for i, tensor in enumerate(make(chosen, like=like, **shape))]
+    settings = shape | {"scale": call.scale, "kernel": chosen} | ({"at_once": at_once} if refresh else {})
+    return (q, k, v, mask, *constants), settings
 
 
 def _heads_first(graph: fx.Graph, call: AttentionCall, node: fx.Node, *, transposed: bool = False) -> fx.Node:

@@ -106,14 +106,21 @@ def test_equal_layers_are_equal() -> None:
     assert len(parts.unique) == 4
 
 
-def test_the_rewritten_step_shows_its_nodes_and_computes_what_the_pieces_do() -> None:
+SPELLINGS = [("auto", "refreshed_attention", 2), ("sdpa", "window_residual", 3)]
+"""A kernel, the node that makes the residual, and how many of three sites keep the model's own attention beside it."""
+
+
+@pytest.mark.parametrize(("kernel", "refresh", "full"), SPELLINGS)
+def test_the_rewritten_step_shows_its_nodes_and_computes_what_the_pieces_do(
+    kernel: str, refresh: str, full: int
+) -> None:
     found = dit(layers=3)
     plan = make_plan(found, ["full", ["window", "cached", "full+cfg"]])
     calls = found.generation(2)
     model = compiled(found, plan, "eager")
     (expected_first, expected) = run(model, calls)
     schedule = make_schedule(plan, found.sites)
-    settings = RewriteSettings(window=plan.window, second=False, kernel="sdpa")
+    settings = RewriteSettings(window=plan.window, second=False, kernel=kernel)
     torch._dynamo.reset()
     canonical, inputs = captured(found)
     sites = find_attention(canonical).sites
@@ -121,7 +128,9 @@ def test_the_rewritten_step_shows_its_nodes_and_computes_what_the_pieces_do() ->
     second = rewrite_step(canonical.gm, sites, schedule.row(1), settings)
     names = {node.name for node in second.graph.nodes}
     assert {"window_attention", "cached_output", "cfg_half", "cfg_shared"} <= names
-    assert "window_residual" in {node.name for node in first.graph.nodes}
+    names = [node.name for node in first.graph.nodes]
+    assert refresh in names
+    assert sum(name.startswith("scaled_dot_product") for name in names) == full
     output, residual = first(*inputs)
     assert relative(output, expected_first) < 1e-5
     cached = _output_of(canonical, inputs, sites[1].outputs[0])
