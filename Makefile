@@ -1,7 +1,8 @@
-# make demo   digits from the bundled denoiser, plain Inductor beside a plan
-# make test   the whole test suite            (ARGS="-k plan" goes to pytest)
-# make lint   ruff and mypy
-# make clean  remove .venv and caches
+# make demo       digits from the bundled denoiser, plain Inductor beside a plan
+# make test       the tests, in minutes           (ARGS="-k plan" goes to pytest)
+# make test-all   those marked thorough, too  (every denoiser, every variant)
+# make lint       ruff and mypy
+# make clean      remove .venv and caches
 #
 # All of them work in .venv, made on first use and brought up to date when pyproject.toml or
 # constraints.txt changed.  Without a CUDA device, TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -15,7 +16,7 @@ ARGS ?=
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-all lint format clean
 
 help:
 	@sed -n 's/^# make/  make/p' Makefile
@@ -26,6 +27,9 @@ demo: $(VENV)/.examples
 # Not `python -m pytest`: that would put this folder, and with it a bare `passes`, on sys.path.
 test: $(VENV)/.dev
 	@$(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
+
+test-all: $(VENV)/.dev
+	@$(BIN)/pytest --thorough --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check

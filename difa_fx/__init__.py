@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from difa_fx.backend import difa as difa
     from difa_fx.calibration import calibrate as calibrate
     from difa_fx.errors import DifaError as DifaError
+    from difa_fx.evaluation import evaluate as evaluate
+    from difa_fx.evaluation import generate_images as generate_images
     from difa_fx.inspection import inspect as inspect
     from difa_fx.pipelines import attach as attach
     from difa_fx.pipelines import detach as detach
@@ -35,6 +37,8 @@ _WHERE = {
     "calibrate": "calibration",
     "detach": "pipelines",
     "difa": "backend",
+    "evaluate": "evaluation",
+    "generate_images": "evaluation",
     "inspect": "inspection",
     "reset": "session",
     "stats": "session",

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from difa_fx import calibrate_command
+from difa_fx.bench import command as bench_command
 from difa_fx.errors import DifaError
+from difa_fx.evaluation import command as evaluation_command
 from difa_fx.plan import Method, Plan
 from difa_fx.targets import is_function, made_by
 
@@ -57,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
 
     calibrate_command.add_parser(commands)
+    bench_command.add_parser(commands)
+    evaluation_command.add_parser(commands)
 
     xdit = commands.add_parser("import-xdit", help="make a plan from xDiT's JSON")
     xdit.add_argument("source", help="xDiT's file")

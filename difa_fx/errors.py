@@ -83,6 +83,18 @@ class CalibrationError(DifaError):
     """A calibration cannot start, go on or reach its target."""
 
 
+class EvaluationError(DifaError):
+    """Images cannot be made, prepared or judged: an input is missing, or does not fit."""
+
+
+class MetricUnavailableError(EvaluationError):
+    """A metric needs a package, weights or larger images than there are."""
+
+
+class BenchmarkError(DifaError):
+    """A measurement cannot be made."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The ``count`` names of ``known`` that look most like ``name``, best first."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)

@@ -9,14 +9,22 @@ import pytest
 import torch
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device, and say so."""
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="there is no CUDA device")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--thorough`` runs everything."""
+    parser.addoption("--thorough", action="store_true", help="run the tests marked thorough, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device, and say so; leave out what is thorough unless it was asked for."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="there is no CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+    if not config.getoption("--thorough"):
+        left_out = [item for item in items if "thorough" in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if "thorough" not in item.keywords]
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ LAYERS = (
     ("plan",),
     ("findings",),
     ("_torch",),
-    ("banded", "block_masks"),
+    ("banded", "block_masks", "cpu_window"),
     ("cost", "attention"),
     ("schedule",),
     ("passes",),
@@ -35,27 +35,39 @@ LAYERS = (
     ("pipelines", "report"),
     ("workers", "losses", "site_costs", "checkpoint"),
     ("budget",),
+    ("step_calls",),
     ("search", "guidance"),
     ("greedy",),
     ("profile",),
     ("drivers",),
     ("generation",),
     ("budgeting",),
+    ("asked",),
     ("calibration",),
     ("targets",),
     ("calibrate_command",),
+    ("evaluation", "bench"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FREE = {"__init__", "__main__"}  # they only hand on what other modules hold
 
+FOLDERS = {
+    "difa_fx": ROOT / "difa_fx",
+    "difa_fx.passes": ROOT / "passes",
+    "difa_fx.bench": ROOT / "difa_fx" / "bench",
+    "difa_fx.evaluation": ROOT / "difa_fx" / "evaluation",
+}
 MODULES = {
-    f"difa_fx.{path.stem}": path for path in sorted((ROOT / "difa_fx").glob("*.py")) if path.stem not in FREE
-} | {f"difa_fx.passes.{path.stem}": path for path in sorted((ROOT / "passes").glob("*.py")) if path.stem not in FREE}
+    f"{package}.{path.stem}": path
+    for package, folder in FOLDERS.items()
+    for path in sorted(folder.glob("*.py"))
+    if path.stem not in FREE
+}
 
 
 def layer(module: str) -> str:
-    """``passes`` for all of difa_fx.passes, else the module's own name."""
+    """A package's name for all modules in it, else the module's own name."""
     return module.split(".")[1]
 
 
@@ -109,8 +121,8 @@ def test_imports_have_no_cycle():
 def test_heavy_packages_have_one_home(module):
     roots = {name.partition(".")[0] for name in imports(MODULES[module])}
     assert "passes" not in roots
-    assert "matplotlib" not in roots or layer(module) == "report"
-    assert "diffusers" not in roots or layer(module) in {"pipelines", "cli"}
+    assert "matplotlib" not in roots or layer(module) == "report" or module == "difa_fx.bench.plots"
+    assert "diffusers" not in roots or layer(module) in {"pipelines", "cli", "bench"}
     if LEVEL[layer(module)] <= LEVEL["plan"]:
         assert "torch" not in roots
 
@@ -207,4 +219,5 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"difa_fx"}
     expected = {module.replace(".", "/") + ".py" for module in MODULES}
-    assert expected | {"difa_fx/py.typed", "difa_fx/passes/__init__.py"} <= names
+    expected |= {f"{package.replace('.', '/')}/__init__.py" for package in FOLDERS}
+    assert expected | {"difa_fx/py.typed"} <= names

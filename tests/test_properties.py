@@ -11,12 +11,13 @@ import gc
 import pytest
 import torch
 from compiled import compiled, make_plan, run, runner, same_input
+from drawn_plans import plans
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import CASES, CFG_CASES, Case, case, dit, relative, tensor_of, toy
 from oracle import Oracle
 
-from difa_fx.plan import Method, Plan
+from difa_fx.plan import Plan
 from difa_fx.schedule import make_schedule
 
 NAMES = tuple(CASES)
@@ -120,19 +121,6 @@ def test_6_a_deep_denoiser_has_few_unique_blocks() -> None:
     assert stats.pieces == 3 + len(variants)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-METHODS = [method.value for method in Method]
-
-
-@st.composite
-def plans(draw: st.DrawFn, found: Case) -> Plan:
-    """Any valid plan of 3 to 6 steps: the first is full, the rest is free."""
-    allowed = METHODS if found.cfg_order else ["full", "window", "cached"]
-    steps = draw(st.integers(3, 6))
-    row = st.lists(st.sampled_from(allowed), min_size=len(found.sites), max_size=len(found.sites))
-    rows = ["full", *(draw(row) for _ in range(steps - 1))]
-    return make_plan(found, rows, window=draw(st.integers(0, found.tokens + 1)))
 
 
 @pytest.mark.parametrize("order", ["cond_first", "uncond_first"])
