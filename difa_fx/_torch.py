@@ -33,6 +33,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.attention.flex_attention import BlockMask, _apply_kernel_options, _identity
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
 TRIED_ON = ("2.11", "2.13")
@@ -57,6 +58,7 @@ __all__ = [
     "inductor_option_names",
     "input_sources",
     "is_static_input",
+    "is_wrapped",
     "lower_inductor",
     "new_fake_mode",
     "propagate",
@@ -273,6 +275,14 @@ def is_static_input(value: object) -> bool:
     )
 
 
+def is_wrapped(value: object) -> bool:
+    """Whether ``value`` is a tensor that stands for others: a DTensor, or torchao's quantized weights.
+
+    Wraps ``is_traceable_wrapper_subclass``.
+    """
+    return is_traceable_wrapper_subclass(value)
+
+
 def flex_band(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float | None) -> Tensor:
     """flex_attention as the operator Inductor lowers, without Dynamo.  Tensors are [B, H, N, D].
 
@@ -311,8 +321,8 @@ def build_cpp(source: str) -> ctypes.CDLL:
     Raises RuntimeError or OSError where there is no compiler, or the source does not compile.
     Wraps ``CppCodeCache``.
     """
-    takes = inspect.signature(CppCodeCache.load_async).parameters
-    found: ctypes.CDLL = CppCodeCache.load_async(
-        source, **({"needs_vec_isa": True} if "needs_vec_isa" in takes else {})
-    )()
+    asks = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters  # 2.13; before, it always has one
+    settings: dict[str, Any] = {"needs_vec_isa": True} if asks else {}
+    load = CppCodeCache.load_async(source, **settings)
+    found: ctypes.CDLL = load()
     return found

@@ -23,11 +23,12 @@ from difa_fx._torch import (
     breaks_graph,
     compile_inductor,
     input_sources,
+    is_wrapped,
     trace_aten,
     warm_up_cpu_codegen,
 )
 from difa_fx.compile import PieceCompiler
-from difa_fx.errors import DifaError, GradError, PlanError
+from difa_fx.errors import DifaError, GradError, GraphError, PlanError
 from difa_fx.options import Options, parse_options
 from difa_fx.passes.canonicalize import canonicalize
 from difa_fx.passes.find_attention import Attention, AttentionSite, find_attention
@@ -63,6 +64,7 @@ def difa(
         if parsed.plan is None:
             return _without_plan(gm, example_inputs, parsed)
         _refuse_gradients(example_inputs)
+        _refuse_wrapped(gm, example_inputs)
         if parsed.compiler == "inductor" and any(_on_cpu(value) for value in example_inputs):
             warm_up_cpu_codegen()
         compilation = compilation_for(options, parsed)
@@ -175,7 +177,8 @@ def _refuse_single_block(plan: Plan, paths: Sequence[str]) -> None:
             got=f"site {paths[0]}, in a plan for {whole[0]} and {len(plan.sites) - 1} others",
             allowed="the whole denoiser in one torch.compile call",
             todo="instead of compile_repeated_blocks call denoiser.compile(backend='difa', options={'plan': ...}) or "
-            "difa_fx.attach(pipe, plan): equal layers are compiled once there, too",
+            "difa_fx.attach(pipe, plan): equal layers are compiled once there, too; FSDP's fully_shard makes Dynamo "
+            "compile block by block: give each device the whole denoiser and a share of the prompts",
         )
 
 
@@ -205,6 +208,20 @@ def _refuse_gradients(inputs: Sequence[Any]) -> None:
             got=f"{wanting} inputs or parameters that require gradients",
             allowed="torch.no_grad() or torch.inference_mode() around the call",
             todo="call the compiled denoiser under torch.no_grad(), or model.requires_grad_(False)",
+        )
+
+
+def _refuse_wrapped(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Raise GraphError on weights that stand for other tensors: what a rewrite would make of them is not known."""
+    wrapped = {name: value for name, value in zip(input_sources(gm), inputs, strict=True) if is_wrapped(value)}
+    if wrapped:
+        name, value = next(iter(wrapped.items()))
+        raise GraphError(
+            "weights are spread over devices or quantized by a tensor subclass, and a plan cannot rewrite through that",
+            where=f"{name} and {len(wrapped) - 1} others",
+            got=type(value).__name__,
+            allowed="plain tensors; several devices can share the prompts, each with the whole denoiser",
+            todo="compile the denoiser without tensor parallel and without quantized weights, or without a plan",
         )
 
 
