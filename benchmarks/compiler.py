@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from torch import nn
 
 import difa_fx
 from difa_fx import registry
+from difa_fx.bench.hardware import hardware
 from difa_fx.plan import Plan
 from difa_fx.runtime import Runner
 
@@ -250,22 +250,6 @@ def _pair(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
         "ratio_of_pairs": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
         "pairs": len(ratios),
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }
 
 

@@ -33,6 +33,7 @@ from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
 import difa_fx
+from difa_fx.bench.hardware import hardware
 from difa_fx.cost import kept
 from difa_fx.plan import DEFAULT_WINDOW, Plan
 
@@ -40,7 +41,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import digits
-from compiler import hardware
 from quality_report import Row, draw, markdown, order
 
 THRESHOLDS = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 import difa_fx
+from difa_fx.bench.hardware import hardware
 from difa_fx.losses import loss
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
-from compiler import hardware  # noqa: E402
 from digits import load_pipeline  # noqa: E402
 from plain_search import plain_search  # noqa: E402
 

@@ -21,14 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import difa_fx
+from difa_fx.bench.hardware import hardware
 from difa_fx.cost import window_pairs
 from difa_fx.plan import GridWindow, Plan, Window
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "examples")]
 
 import digits  # noqa: E402
-from compiler import hardware  # noqa: E402
 
 GRID = (32, 32)
 TOKENS = GRID[0] * GRID[1]

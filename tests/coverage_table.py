@@ -53,6 +53,7 @@ def inspected(found: Case) -> tuple[GraphReport, ...]:
 
 def main() -> None:
     """Write the table into the page."""
+    sys.path.append(str(PAGE.parent.parent / "examples"))
     from zoo import ZOO, zoo_case
 
     page = PAGE.read_text(encoding="utf-8")

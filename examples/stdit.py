@@ -38,6 +38,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(0.0)
 
     def forward(self, x_BND: Tensor) -> Tensor:
+        """Attend, [B, N, D]."""
         batch, tokens, width = x_BND.shape
         qkv = self.qkv(x_BND).view(batch, tokens, 3, self.heads, self.depth).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
@@ -74,15 +75,16 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.depth = heads, width // heads
+        self.num_heads, self.depth = heads, width // heads
         self.q_linear = nn.Linear(width, width)
         self.kv_linear = nn.Linear(width, 2 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor, y_1LD: Tensor, lengths: list[int]) -> Tensor:
+        """Attend to the captions, of which each sample has its own ``lengths`` of the L tokens."""
         batch, tokens, width = x_BND.shape
-        q = self.q_linear(x_BND).view(1, -1, self.heads, self.depth)
-        k, v = self.kv_linear(y_1LD).view(1, -1, 2, self.heads, self.depth).unbind(2)
+        q = self.q_linear(x_BND).view(1, -1, self.num_heads, self.depth)
+        k, v = self.kv_linear(y_1LD).view(1, -1, 2, self.num_heads, self.depth).unbind(2)
         mask = block_diagonal(x_BND, [tokens] * batch, lengths)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         y_1HNd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -119,6 +121,7 @@ class STDiTBlock(nn.Module):
     def forward(
         self, x_BND: Tensor, y_1LD: Tensor, time_B6D: Tensor, lengths: list[int], position_1TD: Tensor | None
     ) -> Tensor:
+        """The block, [B, N, D]; ``position_1TD`` is added before the temporal attention."""
         batch, _, width = x_BND.shape
         frames, spots = self.frames, self.spots
         table = self.scale_shift_table[None] + time_B6D.reshape(batch, 6, -1)
@@ -150,6 +153,7 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
 
     def forward(self, x_BND: Tensor, time_BD: Tensor) -> Tensor:
+        """Tokens to patches, [B, N, 4 C]."""
         shift, scale = (self.scale_shift_table[None] + time_BD[:, None]).chunk(2, dim=1)
         return self.linear(self.norm_final(x_BND) * (1 + scale) + shift)
 
@@ -189,6 +193,7 @@ class STDiT(nn.Module):
         self.final_layer = FinalLayer(width, 4 * self.channels)
 
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The prediction, [B, 2 C, T, H, W] in float32."""
         batch, width = x.shape[0], self.pos_embed.shape[-1]
         x = self.x_embedder(x).flatten(2).transpose(1, 2)
         x = x.reshape(batch, self.frames, -1, width) + self.pos_embed
