@@ -22,6 +22,9 @@ from difa_fx.cpu_window import cpu_refresh, cpu_window, serves
 from difa_fx.errors import OptionError
 
 WindowKernel = Literal["cpp", "flex", "flash", "sdpa"]
+_WORTH_A_KERNEL: Final = 512
+"""Tokens from which the kernel for CPUs was measured faster than tiles."""
+
 WINDOW_KERNELS: Final = ("auto", "cpp", "flex", "flash", "sdpa")
 
 
@@ -202,7 +205,8 @@ def choose_kernel(
         )
     if masked or covers(grid, size):
         return "sdpa"
-    own = requested in ("auto", "cpp") and serves(like, grid, masked=masked)
+    own = requested == "cpp" or (requested == "auto" and math.prod(grid) >= _WORTH_A_KERNEL)
+    own = own and serves(like, grid, masked=masked)
     if requested == "cpp" and not own:
         raise OptionError(
             "the kernel for CPUs cannot run here",

@@ -28,6 +28,7 @@ from difa_fx._torch import (
     warm_up_cpu_codegen,
 )
 from difa_fx.compile import PieceCompiler
+from difa_fx.cpu_window import prepare
 from difa_fx.errors import DifaError, GradError, GraphError, PlanError
 from difa_fx.options import Options, parse_options
 from difa_fx.passes.canonicalize import canonicalize
@@ -67,6 +68,8 @@ def difa(
         _refuse_wrapped(gm, example_inputs)
         if parsed.compiler == "inductor" and any(_on_cpu(value) for value in example_inputs):
             warm_up_cpu_codegen()
+            if any(method.windowed for row in parsed.plan.methods for method in row):
+                prepare()
         compilation = compilation_for(options, parsed)
         compilation.broken |= breaks_graph(gm)
         graph = CompiledGraph(gm, example_inputs, compilation)

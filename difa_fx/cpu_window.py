@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +42,11 @@ def serves(like: Tensor, grid: Sequence[int], *, masked: bool) -> bool:
     """Whether the kernel can be used for such tensors; builds it where that is all that is missing."""
     fits = like.device.type == "cpu" and like.dtype == torch.float32 and len(grid) == 1 and not masked
     return fits and _kernel() is not None
+
+
+def prepare() -> None:
+    """Begin to build the kernel, in the background."""
+    threading.Thread(target=_kernel, name="difa-cpu-window", daemon=True).start()
 
 
 @functools.cache

@@ -25,6 +25,7 @@ def command(name: str) -> ModuleType:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_compiler_benchmark_runs(tmp_path: Path) -> None:
     module = command("compiler")
     output = tmp_path / "result.json"

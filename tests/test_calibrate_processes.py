@@ -104,6 +104,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("goal", ["target_speedup=1.01"])
 def test_all_processes_have_the_same_plan(goal: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"

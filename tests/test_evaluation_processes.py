@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from evaluation_target import folder_of
+from thorough import cases
 
 from difa_fx.cli import main
 
@@ -109,7 +110,7 @@ def test_sigkill_at_any_moment_changes_nothing(folders: Folders, whole: dict, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("with_checkpoint", [True, False])
+@pytest.mark.parametrize("with_checkpoint", cases([True, False], core={True}))
 def test_two_processes_find_what_one_does(with_checkpoint, folders: Folders, whole: dict, tmp_path: Path) -> None:
     output, kept = tmp_path / "results.json", tmp_path / "kept" if with_checkpoint else None
     text = run(command(*arguments(folders, output, kept), processes=2))
@@ -142,6 +143,7 @@ with launched_by_torchrun():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_generation_by_two_processes_killed_and_gone_on_is_that_of_one(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(GENERATE)

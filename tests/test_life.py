@@ -10,6 +10,7 @@ import torch
 from compiled import compiled, make_plan, run
 from models import Case, dit, relative, tensor_of, toy
 from oracle import Oracle
+from thorough import cases
 from torch import nn
 from toys import ToyAttention, ToyBlock
 from zoo import NO_SITES, refused
@@ -39,7 +40,10 @@ def plan_for(found: PipelineCase, steps: int, *, rows: list[str] | None = None, 
     return make_plan(case, kept, window=window, cfg="cond_call_first" if two else case.cfg_order)
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in NO_SITES])
+CORE = ("pixart_alpha", "sd3", "flux", "unet_ddim", "latte", "wan")
+
+
+@pytest.mark.parametrize("name", cases([name for name in PIPELINES if name not in NO_SITES], core=CORE))
 def test_a_real_pipeline_runs_under_a_plan(name: str) -> None:
     found = PIPELINES[name]()
     denoiser = getattr(found.pipe, found.denoiser_name)
@@ -85,11 +89,11 @@ def test_offload_hooks_do_not_get_in_the_way() -> None:
             Move.calls += 1
             return args, kwargs
 
-    found = IMAGE_PIPELINES["unet_ddim"]()
+    found = IMAGE_PIPELINES["sd3"]()
     difa_fx.attach(found.pipe, plan_for(found, 4), compiler="eager")
     expected = found.run(4)
     difa_fx.detach(found.pipe)
-    add_hook_to_module(found.pipe.unet, Move())
+    add_hook_to_module(found.pipe.transformer, Move())
     difa_fx.attach(found.pipe, plan_for(found, 4), compiler="eager")
     assert relative(found.run(4), expected) < TIGHT
     assert Move.calls

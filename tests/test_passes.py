@@ -106,7 +106,7 @@ def test_equal_layers_are_equal() -> None:
     assert len(parts.unique) == 4
 
 
-SPELLINGS = [("auto", "refreshed_attention", 2), ("sdpa", "window_residual", 3)]
+SPELLINGS = [("cpp", "refreshed_attention", 2), ("sdpa", "window_residual", 3)]
 """A kernel, the node that makes the residual, and how many of three sites keep the model's own attention beside it."""
 
 

@@ -86,7 +86,7 @@ def test_without_a_compiler_windows_are_tiles(monkeypatch: pytest.MonkeyPatch) -
     def missing(source: str) -> None:
         raise RuntimeError("no g++")
 
-    shape = {"like": torch.empty(0), "grid": (64,), "size": (4,), "text": (0, 0), "masked": False}
+    shape = {"like": torch.empty(0), "grid": (512,), "size": (4,), "text": (0, 0), "masked": False}
     assert attention.choose_kernel("auto", **shape) == "cpp"
     own._kernel.cache_clear()
     monkeypatch.setattr(own, "build_cpp", missing)
