@@ -114,9 +114,7 @@ def calibrate(
         PlanFileError: findings cannot be written.
         OptionError: an option is unknown or wrong.
     """
-    settings = parse_options(
-        {"compiler": compiler, "window_kernel": window_kernel, "inductor": inductor or {}}, mode=None
-    )
+    settings = parse_options({"compiler": compiler, "window_kernel": window_kernel, "inductor": inductor or {}})
     asked = Asked(
         steps=rules.as_count(num_inference_steps, "num_inference_steps"),
         threshold=threshold,

@@ -23,6 +23,7 @@ class Options:
         compiler: ``inductor``, or ``aot_eager`` or ``eager`` to debug.
         window_kernel: ``auto``, ``cpp``, ``flex``, ``flash`` or ``sdpa``.
         inductor: Inductor's own settings, as ``torch.compile(options=...)`` takes them.
+        mode: torch's own, for instance ``max-autotune``: ``torch.compile`` takes no ``mode=`` beside ``options=``.
     """
 
     plan: Plan | None = None
@@ -30,10 +31,11 @@ class Options:
     compiler: str = "inductor"
     window_kernel: str = "auto"
     inductor: Mapping[str, Any] = field(default_factory=dict)
+    mode: str | None = None
 
 
-def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Options:
-    """Checked options.
+def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+    """Checked options; ``mode`` is the one that ``torch.compile`` was given without any.
 
     Raises:
         OptionError: an unknown key, a value of the wrong kind, or an unknown mode.
@@ -57,7 +59,8 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None) -> Option
     _check_kind(given, "inductor", Mapping)
     if given.get("plan") is not None:
         given["plan"] = as_plan(given["plan"])
-    given["inductor"] = {**_mode(mode), **_inductor(given.get("inductor") or {})}
+    given.setdefault("mode", mode)
+    given["inductor"] = {**_mode(given["mode"]), **_inductor(given.get("inductor") or {})}
     return Options(**given)
 
 
@@ -83,9 +86,9 @@ def _check_choice(given: Mapping[str, Any], key: str, choices: tuple[str, ...]) 
         )
 
 
-def _mode(mode: str | None) -> dict[str, Any]:
+def _mode(mode: object) -> dict[str, Any]:
     try:
-        return inductor_mode(mode)
+        return inductor_mode(mode if mode is None else str(mode))
     except RuntimeError as error:
         raise OptionError("unknown mode", where="torch.compile(mode=...)", got=mode, todo=str(error)) from None
 

@@ -71,9 +71,9 @@ def attach(pipe: Any, plan: object = None, *, mode: str | None = None, **options
     checked: Plan | None = None
     if plan is not None:
         checked = as_plan(plan)
-        settings = {"plan": checked, **options}
-        parse_options(settings, mode)
-        denoiser.compile(backend="difa", options=settings, mode=mode)
+        settings = {"plan": checked, "mode": mode, **options}
+        parse_options(settings)
+        denoiser.compile(backend="difa", options=settings)
     elif before is None:
         raise AttachError(
             "there is no plan, and the denoiser is not compiled",

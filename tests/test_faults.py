@@ -34,6 +34,7 @@ FAULTS = {
     "unknown compiler": ({"plan": raw_plan(), "compiler": "gcc"}, OptionError, ["gcc", "inductor"]),
     "unknown kernel": ({"plan": raw_plan(), "window_kernel": "fast"}, OptionError, ["fast", "flex"]),
     "unknown Inductor option": ({"plan": raw_plan(), "inductor": {"max_autotun": True}}, OptionError, ["max_autotune"]),
+    "unknown mode": ({"plan": raw_plan(), "mode": "max-autotuned"}, OptionError, ["max-autotuned", "reduce-overhead"]),
     "plan of the wrong type": ({"plan": 3}, PlanError, ["a path, a dict or a Plan"]),
     "unknown method": ({"plan": raw_plan(methods=[["full"] * 2, ["cache"] * 2])}, PlanError, ["cache", "cached"]),
     "unknown site": (

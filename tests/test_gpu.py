@@ -50,7 +50,8 @@ def test_state_survives_cuda_graphs() -> None:
     calls = calls_on_cuda(found, plan.steps, torch.float32)
     expected = run(compiled(found, plan, "inductor"), calls)
     torch._dynamo.reset()
-    model = torch.compile(found.model, backend="difa", options={"plan": plan}, mode="reduce-overhead", dynamic=False)
+    options = {"plan": plan, "mode": "reduce-overhead"}
+    model = torch.compile(found.model, backend="difa", options=options, dynamic=False)
     for _ in range(3):
         outputs = run(model, calls)
     for step, (ours, theirs) in enumerate(zip(outputs, expected, strict=True)):
