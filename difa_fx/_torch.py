@@ -323,6 +323,7 @@ def build_cpp(source: str) -> ctypes.CDLL:
     """
     asks = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters  # 2.13; before, it always has one
     settings: dict[str, Any] = {"needs_vec_isa": True} if asks else {}
-    load = CppCodeCache.load_async(source, **settings)
+    # Inductor writes vector code itself and turns the compiler's own off.
+    load = CppCodeCache.load_async(source, extra_flags=["-ftree-loop-vectorize", "-fno-math-errno"], **settings)
     found: ctypes.CDLL = load()
     return found
