@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import inspect
+import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from torch._inductor import list_mode_options, list_options
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_forward, create_compiler_config_extra
-from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.cpu_vec_isa import pick_vec_isa, supported_vec_isa_list, x86_isa_checker
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -49,6 +52,7 @@ __all__ = [
     "breaks_graph",
     "build_cpp",
     "compile_inductor",
+    "cpu_codegen",
     "deferred_kernels",
     "export_aten",
     "fake_inputs",
@@ -63,7 +67,6 @@ __all__ = [
     "new_fake_mode",
     "propagate",
     "trace_aten",
-    "warm_up_cpu_codegen",
 ]
 
 
@@ -153,6 +156,8 @@ def lower_inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Map
     Wraps ``compile_fx_forward``.
     """
     mode = _mode_of(inputs)
+    if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in inputs):
+        cpu_codegen()()
     with inductor_config.patch(dict(patches)), torch.no_grad(), tracing(TracingContext(mode)), V.set_fake_mode(mode):
         traced = _decomposed(gm, inputs, mode)
         constants = _lift_constants(traced, mode)
@@ -228,9 +233,26 @@ def apart_from_dynamo() -> contextlib.AbstractContextManager[object]:
     return tracing(None)
 
 
-def warm_up_cpu_codegen() -> None:
-    """Find out in the background what the CPU's vector units are; Inductor runs a compiler to do so."""
-    threading.Thread(target=pick_vec_isa, name="difa-vec-isa", daemon=True).start()
+@functools.cache
+def cpu_codegen() -> Callable[[], None]:
+    """Begin, in the background, to find out what the CPU's vector units are; call the result to wait for it.
+
+    Inductor runs a compiler to do so, for one unit after the other, and takes a smaller one where two threads try the
+    same at once: here all are tried side by side, and all that needs the answer waits.  Wraps ``pick_vec_isa``, which
+    remembers it, and the list that it goes through.
+    """
+    thread = threading.Thread(target=_find_vector_units, name="difa-vec-isa", daemon=True)
+    thread.start()
+    return thread.join
+
+
+def _find_vector_units() -> None:
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags = x86_isa_checker()
+        units = [unit for unit in supported_vec_isa_list if all(flag in flags for flag in str(unit).split())]
+        with ThreadPoolExecutor(max(1, len(units))) as pool:
+            list(pool.map(bool, units))
+    pick_vec_isa()
 
 
 def inductor_mode(mode: str | None) -> dict[str, Any]:
@@ -321,6 +343,7 @@ def build_cpp(source: str) -> ctypes.CDLL:
     Raises RuntimeError or OSError where there is no compiler, or the source does not compile.
     Wraps ``CppCodeCache``.
     """
+    cpu_codegen()()
     asks = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters  # 2.13; before, it always has one
     settings: dict[str, Any] = {"needs_vec_isa": True} if asks else {}
     # Inductor writes vector code itself and turns the compiler's own off.

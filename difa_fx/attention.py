@@ -9,6 +9,7 @@ Letters: B batch, H heads, N tokens, D head width, S block of queries, L keys of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final, Literal, cast
 
 import torch
@@ -18,13 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from difa_fx._torch import flex_band, flex_with_lse
 from difa_fx.banded import band_attention, band_residual, tile_bias
 from difa_fx.block_masks import block_lists, block_mask
-from difa_fx.cpu_window import cpu_refresh, cpu_window, serves
+from difa_fx.cpu_window import build_in_background, cpu_refresh, cpu_window, serves
 from difa_fx.errors import OptionError
 
 WindowKernel = Literal["cpp", "flex", "flash", "sdpa"]
-_WORTH_A_KERNEL: Final = 512
-"""Tokens from which the kernel for CPUs was measured faster than tiles."""
-
 WINDOW_KERNELS: Final = ("auto", "cpp", "flex", "flash", "sdpa")
 
 
@@ -175,6 +173,16 @@ def window_tensors(
     return (tile_bias(grid, size, like),)
 
 
+def prepare(queries: Sequence[Tensor]) -> None:
+    """Begin, in the background, to build what windows over these queries, [B, H, N, D], will probably run on."""
+    if any(t.device.type == "cpu" and t.dtype == torch.float32 and _worth_a_kernel(t.shape[-2]) for t in queries):
+        build_in_background()
+
+
+def _worth_a_kernel(tokens: int) -> bool:
+    return tokens >= 512  # from there on the kernel for CPUs was measured faster than tiles
+
+
 def choose_kernel(
     requested: str,
     *,
@@ -205,7 +213,7 @@ def choose_kernel(
         )
     if masked or covers(grid, size):
         return "sdpa"
-    own = requested == "cpp" or (requested == "auto" and math.prod(grid) >= _WORTH_A_KERNEL)
+    own = requested == "cpp" or (requested == "auto" and _worth_a_kernel(math.prod(grid)))
     own = own and serves(like, grid, masked=masked)
     if requested == "cpp" and not own:
         raise OptionError(

@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from difa_fx import attention as kernels
 from difa_fx._torch import (
     apart_from_dynamo,
     breaks_graph,
     compile_inductor,
+    cpu_codegen,
     input_sources,
     is_wrapped,
     trace_aten,
-    warm_up_cpu_codegen,
 )
 from difa_fx.compile import PieceCompiler
-from difa_fx.cpu_window import prepare
 from difa_fx.errors import DifaError, GradError, GraphError, PlanError
 from difa_fx.options import Options, parse_options
 from difa_fx.passes.canonicalize import canonicalize
@@ -67,9 +67,7 @@ def difa(
         _refuse_gradients(example_inputs)
         _refuse_wrapped(gm, example_inputs)
         if parsed.compiler == "inductor" and any(_on_cpu(value) for value in example_inputs):
-            warm_up_cpu_codegen()
-            if any(method.windowed for row in parsed.plan.methods for method in row):
-                prepare()
+            cpu_codegen()
         compilation = compilation_for(options, parsed)
         compilation.broken |= breaks_graph(gm)
         graph = CompiledGraph(gm, example_inputs, compilation)
@@ -122,6 +120,8 @@ def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str
     sites = tuple(fitted(site, plan.window, calls_per_step=plan.calls_per_step) for site in found.sites)
     attention = replace(found, sites=sites)
     plan = _fitted(plan, attention, compilation)
+    if options.window_kernel == "auto" and plan.uses_windows:
+        kernels.prepare([site.call.q.meta["val"] for site in attention.sites])
     settings = RewriteSettings(window=plan.window, second=plan.cfg == "uncond_first", kernel=options.window_kernel)
     return Runner(
         graph=canonical.gm.graph,

@@ -44,7 +44,7 @@ def serves(like: Tensor, grid: Sequence[int], *, masked: bool) -> bool:
     return fits and _kernel() is not None
 
 
-def prepare() -> None:
+def build_in_background() -> None:
     """Begin to build the kernel, in the background."""
     threading.Thread(target=_kernel, name="difa-cpu-window", daemon=True).start()
 

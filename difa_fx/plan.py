@@ -288,6 +288,11 @@ class Plan:
         return rules.calls_per_step(self.cfg)
 
     @property
+    def uses_windows(self) -> bool:
+        """Whether any cell is a window."""
+        return any(method.windowed for row in self.methods for method in row)
+
+    @property
     def uses_cfg(self) -> bool:
         """Whether any cell shares one half of the batch with the other."""
         return any(method.shares_cfg for row in self.methods for method in row)
