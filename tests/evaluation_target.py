@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import difa_fx
+from difa_fx.evaluation import Evaluation
 from difa_fx.evaluation.images import write_png
 
 SIZE = 16
+COUNT = 23
+"""Images in a folder: batches of 8, the last one shorter."""
 
 
 def noise(seed: int, *, size: int = SIZE, channels: int = 3) -> Tensor:
@@ -91,3 +96,17 @@ def draw(samples: list[int], seeds: list[int]) -> Tensor:
     """Images in [0, 1] of sample and seed, for ``generate_images``; can be slow."""
     time.sleep(float(os.environ.get("DIFA_TEST_SLEEP", "0")))
     return torch.stack([noise(7 * int(s) + seed).float() / 255 for s, seed in zip(samples, seeds, strict=True)])
+
+
+def three_folders(place: Path) -> dict[str, Path]:
+    """Images to judge, the same ones before they were changed a little, and fewer that stand for real ones."""
+    return {
+        "images": folder_of(place / "images", COUNT, shift=5),
+        "uncompressed": folder_of(place / "uncompressed", COUNT),
+        "real": folder_of(place / "real", 19, seed=7),
+    }
+
+
+def evaluate(folder: Path, **options: Any) -> Evaluation:
+    """``difa_fx.evaluate`` in small batches, silently."""
+    return difa_fx.evaluate(folder, **{"batch_size": 8, "progress": False} | options)

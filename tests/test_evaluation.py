@@ -9,34 +9,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_target import SIZE, Features, FeaturesAndLogits, Logits, distance, folder_of, letters
+from evaluation_target import (
+    COUNT,
+    SIZE,
+    Features,
+    FeaturesAndLogits,
+    Logits,
+    distance,
+    evaluate,
+    folder_of,
+    letters,
+    three_folders,
+)
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
-import difa_fx
 from difa_fx.errors import EvaluationError, MetricUnavailableError
 from difa_fx.evaluation import Evaluation
 from difa_fx.evaluation.images import list_images, read_images
 from difa_fx.evaluation.scores import METRICS
 
-COUNT = 23
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Images to judge, the same ones before they were changed a little, and others that stand for real ones."""
-    place = tmp_path_factory.mktemp("folders")
-    return {
-        "images": folder_of(place / "images", COUNT, shift=5),
-        "uncompressed": folder_of(place / "uncompressed", COUNT),
-        "real": folder_of(place / "real", 19, seed=7),
-    }
-
-
-def evaluate(folder: Path, **options) -> Evaluation:
-    return difa_fx.evaluate(folder, **{"batch_size": 8, "progress": False} | options)
+    return three_folders(tmp_path_factory.mktemp("folders"))
 
 
 def everything(folders: dict[str, Path], **options) -> Evaluation:

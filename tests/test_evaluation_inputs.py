@@ -6,29 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_target import Features, draw, folder_of, letters
+from evaluation_target import COUNT, Features, draw, evaluate, folder_of, letters, three_folders
 from torch import nn
 
-import difa_fx
 from difa_fx.errors import EvaluationError, OptionError
-from difa_fx.evaluation import Evaluation, generate_images
-
-COUNT = 23
+from difa_fx.evaluation import generate_images
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Images to judge, the same ones before they were changed a little, and fewer that stand for real ones."""
-    place = tmp_path_factory.mktemp("folders")
-    return {
-        "images": folder_of(place / "images", COUNT, shift=5),
-        "uncompressed": folder_of(place / "uncompressed", COUNT),
-        "real": folder_of(place / "real", 19, seed=7),
-    }
-
-
-def evaluate(folder: Path, **options) -> Evaluation:
-    return difa_fx.evaluate(folder, **{"batch_size": 8, "progress": False} | options)
+    return three_folders(tmp_path_factory.mktemp("folders"))
 
 
 def test_unknown_metrics_and_settings(folders):
