@@ -49,6 +49,7 @@ __all__ = [
     "FakeTensorMode",
     "WeakIdKeyDictionary",
     "apart_from_dynamo",
+    "begin_lowering",
     "breaks_graph",
     "build_cpp",
     "compile_inductor",
@@ -148,34 +149,54 @@ BoxedPiece = Callable[[list[Any]], Sequence[Any]]
 
 
 def lower_inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> BoxedPiece:
-    """``gm``, functional and without gradients, lowered by Inductor without AOTAutograd.
+    """``gm``, functional and without gradients, lowered by Inductor without AOTAutograd; see :func:`begin_lowering`."""
+    return begin_lowering(gm, inputs, patches)()
+
+
+def begin_lowering(
+    gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]
+) -> Callable[[], BoxedPiece]:
+    """Trace ``gm`` to Inductor's own operators; call the result to lower it.
 
     AOTAutograd would trace the graph twice and wrap the result in layers that check, at every call, for things that
-    a functional graph does not have: aliases, mutations, gradients.  Here it is traced once to Inductor's own
-    operators.  Constants of ``gm`` become inputs, bound to the result, so that Inductor's cache on disk can hold it.
-    Wraps ``compile_fx_forward``.
+    a functional graph does not have: aliases, mutations, gradients.  Here it is traced once.  Constants of ``gm``
+    become inputs, bound to the result, so that Inductor's cache on disk can hold it.  What needs no vector units comes
+    first, while they are found out.  Wraps ``compile_fx_forward``.
     """
     mode = _mode_of(inputs)
-    if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in inputs):
-        cpu_codegen()()
-    with inductor_config.patch(dict(patches)), torch.no_grad(), tracing(TracingContext(mode)), V.set_fake_mode(mode):
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with inductor_config.patch(dict(patches)), torch.no_grad():  # noqa: SIM117
+            with tracing(TracingContext(mode)), V.set_fake_mode(mode):
+                yield
+
+    with context():
         traced = _decomposed(gm, inputs, mode)
         constants = _lift_constants(traced, mode)
+
+    def lower() -> BoxedPiece:
+        if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in inputs):
+            cpu_codegen()()
         fakes = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
         (outputs,) = traced.graph.output_node().args
         assert isinstance(outputs, (tuple, list))
-        lowered = compile_fx_forward(
-            traced,
-            fakes,
-            num_orig_model_outputs=len(outputs),
-            num_example_inputs=len(inputs),
-            compiler_config_extra=create_compiler_config_extra(traced),
-            is_inference=True,
-        )
-    run: BoxedPiece = lowered.current_callable  # type: ignore[attr-defined]
-    if not constants:
-        return run
-    return lambda values: run([*constants, *values])
+        # 2.13 asks for the graph, 2.11 for the settings.
+        by_graph = "gm" in inspect.signature(create_compiler_config_extra).parameters
+        about: Any = traced if by_graph else inductor_config
+        with context():
+            lowered = compile_fx_forward(
+                traced,
+                fakes,
+                num_orig_model_outputs=len(outputs),
+                num_example_inputs=len(inputs),
+                compiler_config_extra=create_compiler_config_extra(about),
+                is_inference=True,
+            )
+        run: BoxedPiece = lowered.current_callable  # type: ignore[attr-defined]
+        return (lambda values: run([*constants, *values])) if constants else run
+
+    return lower
 
 
 def _decomposed(gm: torch.fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> torch.fx.GraphModule:

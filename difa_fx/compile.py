@@ -7,14 +7,14 @@ share it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 from tqdm.auto import tqdm
 
-from difa_fx._torch import BoxedPiece, deferred_kernels, lower_inductor, trace_aten
+from difa_fx._torch import BoxedPiece, begin_lowering, deferred_kernels, trace_aten
 from difa_fx.attention import refreshed_attention, window_attention, window_residual
 from difa_fx.passes.partition import Segment
 from difa_fx.passes.rewrite import RewriteSettings, VariantGraph, rewrite
@@ -60,24 +60,26 @@ class PieceCompiler:
             if (segment.signature, action) not in self.pieces:
                 missing.setdefault((segment.signature, action), segment)
         started = time.perf_counter()
+        begun = {key: self._begin(rewrite(segment, key[1], self.settings)) for key, segment in missing.items()}
         bar = tqdm(missing.items(), desc="difa: compile", unit="piece", disable=None, leave=False)
         with bar, deferred_kernels():
             for key, segment in bar:
                 bar.set_postfix_str(f"{segment.name} {key[1] or ''}"[:60])
-                self.pieces[key] = self._compile(rewrite(segment, key[1], self.settings))
+                self.pieces[key] = begun[key]()
         self.seconds += time.perf_counter() - started
 
     def piece(self, segment: Segment, action: SiteAction | None) -> Piece:
         """The piece for ``segment`` under ``action``, which :meth:`compile_all` has made."""
         return self.pieces[segment.signature, action]
 
-    def _compile(self, variant: VariantGraph) -> Piece:
+    def _begin(self, variant: VariantGraph) -> Callable[[], Piece]:
+        """Trace a variant; the result compiles it."""
         gm, inputs = variant.gm, variant.inputs
         if self.compiler == "eager":
-            return _boxed(gm)
+            return lambda: _boxed(gm)
         if self.compiler == "aot_eager":
-            return _boxed(trace_aten(gm, inputs))
-        return lower_inductor(gm, inputs, {**_PATCHES, **self.patches, **_flex_patches(variant)})
+            return lambda: _boxed(trace_aten(gm, inputs))
+        return begin_lowering(gm, inputs, {**_PATCHES, **self.patches, **_flex_patches(variant)})
 
 
 def _boxed(gm: fx.GraphModule) -> Piece:
