@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from difa_fx._torch import fake_inputs, lower_inductor, new_fake_mode, trace_aten
+from difa_fx._torch import begin_lowering, fake_inputs, new_fake_mode, trace_aten
 from difa_fx.attention import (
     WINDOW_KERNELS,
     choose_kernel,
@@ -134,7 +134,7 @@ def _compiled(step: Callable[..., Any], *inputs: Tensor) -> Callable[[], Any]:
             return out if isinstance(out, tuple) else (out,)
 
     graph = trace_aten(Step(), fakes)  # type: ignore[arg-type]
-    run = lower_inductor(graph, fakes, {"epilogue_fusion": inputs[0].is_cuda})
+    run = begin_lowering(graph, fakes, {"epilogue_fusion": inputs[0].is_cuda})()
     return lambda: run(list(inputs))
 
 

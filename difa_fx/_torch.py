@@ -64,7 +64,6 @@ __all__ = [
     "input_sources",
     "is_static_input",
     "is_wrapped",
-    "lower_inductor",
     "new_fake_mode",
     "propagate",
     "trace_aten",
@@ -148,11 +147,6 @@ BoxedPiece = Callable[[list[Any]], Sequence[Any]]
 """A compiled graph that takes its inputs as one list, which it empties."""
 
 
-def lower_inductor(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> BoxedPiece:
-    """``gm``, functional and without gradients, lowered by Inductor without AOTAutograd; see :func:`begin_lowering`."""
-    return begin_lowering(gm, inputs, patches)()
-
-
 def begin_lowering(
     gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]
 ) -> Callable[[], BoxedPiece]:
@@ -164,14 +158,7 @@ def begin_lowering(
     first, while they are found out.  Wraps ``compile_fx_forward``.
     """
     mode = _mode_of(inputs)
-
-    @contextlib.contextmanager
-    def context() -> Iterator[None]:
-        with inductor_config.patch(dict(patches)), torch.no_grad():  # noqa: SIM117
-            with tracing(TracingContext(mode)), V.set_fake_mode(mode):
-                yield
-
-    with context():
+    with _lowering(mode, patches):
         traced = _decomposed(gm, inputs, mode)
         constants = _lift_constants(traced, mode)
 
@@ -184,7 +171,7 @@ def begin_lowering(
         # 2.13 asks for the graph, 2.11 for the settings.
         by_graph = "gm" in inspect.signature(create_compiler_config_extra).parameters
         about: Any = traced if by_graph else inductor_config
-        with context():
+        with _lowering(mode, patches):
             lowered = compile_fx_forward(
                 traced,
                 fakes,
@@ -197,6 +184,13 @@ def begin_lowering(
         return (lambda values: run([*constants, *values])) if constants else run
 
     return lower
+
+
+@contextlib.contextmanager
+def _lowering(mode: FakeTensorMode, patches: Mapping[str, Any]) -> Iterator[None]:
+    """Within, Inductor has these settings and works on the fake tensors of ``mode``."""
+    with inductor_config.patch(dict(patches)), torch.no_grad(), tracing(TracingContext(mode)), V.set_fake_mode(mode):
+        yield
 
 
 def _decomposed(gm: torch.fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> torch.fx.GraphModule:

@@ -82,7 +82,7 @@ def _band_attention(
     text: Sequence[int],
     scale: float | None,
 ) -> Tensor:
-    out = _like_attention(q)
+    out = like_attention(q)
     for place, part_BSHD in _parts(q, k, v, mask, bias, grid, size, text, scale):
         here = place(out)
         if residual is None:
@@ -104,7 +104,7 @@ def _band_residual(
     text: Sequence[int],
     scale: float | None,
 ) -> Tensor:
-    out = _like_attention(q)
+    out = like_attention(q)
     for place, part_BSHD in _parts(q, k, v, mask, bias, grid, size, text, scale):
         torch.sub(place(full), part_BSHD, out=place(out))
     return out
@@ -208,12 +208,13 @@ def _on_grid(x: Tensor, axis: int, grid: Sequence[int]) -> Tensor:
     return x.unflatten(axis, list(grid))  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _like_attention(q: Tensor) -> Tensor:
+def like_attention(q: Tensor) -> Tensor:
+    """Memory for attention's result, [B, N, H, D]; q is [B, H, N, D]."""
     batch, heads, tokens, width = q.shape
     return q.new_empty((batch, tokens, heads, width))
 
 
 _library.impl("band_attention", _band_attention, "CompositeExplicitAutograd")
 _library.impl("band_residual", _band_residual, "CompositeExplicitAutograd")
-torch.library.register_fake("difa::band_attention", lambda q, *rest: _like_attention(q), lib=_library)
-torch.library.register_fake("difa::band_residual", lambda full, q, *rest: _like_attention(q), lib=_library)
+torch.library.register_fake("difa::band_attention", lambda q, *rest: like_attention(q), lib=_library)
+torch.library.register_fake("difa::band_residual", lambda full, q, *rest: like_attention(q), lib=_library)

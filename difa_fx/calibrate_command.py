@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from difa_fx.errors import CalibrationError, OptionError
 from difa_fx.plan import DEFAULT_WINDOW, CFGOrder, Plan
-from difa_fx.targets import is_function, made_by
+from difa_fx.targets import check_folder_of, is_function, made_by
 
 
 def add_parser(commands: Any) -> None:
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> str:
     from difa_fx.findings import summary
     from difa_fx.workers import launched_by_torchrun
 
-    _check_output(arguments.output)
+    check_folder_of(arguments.output, "the plan's", "a file")
     with launched_by_torchrun() as leads:
         target, samples, sampler = _load(arguments)
         optional = {} if arguments.candidates is None else {"candidates": arguments.candidates}
@@ -84,17 +84,6 @@ def run(arguments: argparse.Namespace) -> str:
             return ""
         plan.save(arguments.output)
     return f"{arguments.output}: {plan}\n{summary(plan)}"
-
-
-def _check_output(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise OptionError(
-            "the plan's folder does not exist",
-            where="--output",
-            got=str(path),
-            allowed="a file in a folder that exists",
-            todo=f"mkdir -p {path.parent}",
-        )
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Sequence[Any], Callable[..., Any] | None]:

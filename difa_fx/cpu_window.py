@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from difa_fx._torch import build_cpp
+from difa_fx.banded import like_attention
 
 _SOURCE: Final = Path(__file__).with_name("cpu_window.cpp")
 _POINTER: Final = ctypes.c_void_p
@@ -80,7 +81,7 @@ def _run(
     batch, heads, tokens, width = q.shape
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     residual = None if residual is None else residual.contiguous()
-    out, *missed = (q.new_empty((batch, tokens, heads, width)) for _ in range(1 + refresh))
+    out, *missed = (like_attention(q) for _ in range(1 + refresh))
     kernel(
         *(None if t is None else t.data_ptr() for t in (q, k, v, residual, out, missed[0] if missed else None)),
         (_SIZE * 4)(batch, heads, tokens, width),
@@ -113,12 +114,7 @@ def _cpu_refresh(
     return full, missed
 
 
-def _like(q: Tensor) -> Tensor:
-    batch, heads, tokens, width = q.shape
-    return q.new_empty((batch, tokens, heads, width))
-
-
 _library.impl("cpu_window", _cpu_window, "CPU")
 _library.impl("cpu_refresh", _cpu_refresh, "CPU")
-torch.library.register_fake("difa::cpu_window", lambda q, *rest: _like(q), lib=_library)
-torch.library.register_fake("difa::cpu_refresh", lambda q, *rest: (_like(q), _like(q)), lib=_library)
+torch.library.register_fake("difa::cpu_window", lambda q, *rest: like_attention(q), lib=_library)
+torch.library.register_fake("difa::cpu_refresh", lambda q, *rest: (like_attention(q), like_attention(q)), lib=_library)

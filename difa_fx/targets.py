@@ -1,10 +1,11 @@
-"""``module:function`` on the command line: a function of the user's that makes what a command works on."""
+"""What commands share: ``module:function`` that makes what a command works on, and where its output goes."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from difa_fx.errors import OptionError
@@ -49,3 +50,24 @@ def made_by(target: str, sizes: Collection[int], returns: str) -> tuple[Any, ...
             todo="return a tuple of these",
         )
     return made
+
+
+def check_folder_of(output: Path, what: str, form: str) -> None:
+    """Check, before anything is computed, that there is a folder for it.
+
+    Args:
+        output: the command's ``--output``.
+        what: whose folder it is, for messages.
+        form: what ``output`` names.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if not output.parent.is_dir():
+        raise OptionError(
+            f"{what} folder does not exist",
+            where="--output",
+            got=str(output),
+            allowed=f"{form} in a folder that exists",
+            todo=f"mkdir -p {output.parent}",
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,19 +11,17 @@ from pathlib import Path
 
 import pytest
 from calibrate_target import STEPS
+from processes import HERE, environment, launch, run
 
 from difa_fx.plan import Plan
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
 
 
 def command(output: Path, cache: Path, *, processes: int = 1) -> list[str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     settings = f"--steps {STEPS} --threshold 0.1 --window 8 --compiler eager --verify 0 --cache-dir {cache}"
     return [
-        sys.executable,
-        *launch,
+        *(launch(processes) if processes > 1 else [sys.executable]),
         "-m",
         "difa_fx",
         "calibrate",
@@ -33,16 +30,6 @@ def command(output: Path, cache: Path, *, processes: int = 1) -> list[str]:
         "-o",
         str(output),
     ]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | extra
-
-
-def run(arguments: list[str]) -> str:
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=HERE, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +96,5 @@ dist.destroy_process_group()
 def test_all_processes_have_the_same_plan(goal: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(EACH_RANK.format(goal=goal))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run([*launch, str(script), str(tmp_path / "cache"), str(tmp_path)])
+    run([*launch(2), str(script), str(tmp_path / "cache"), str(tmp_path)])
     assert Plan.load(tmp_path / "0.json") == Plan.load(tmp_path / "1.json")

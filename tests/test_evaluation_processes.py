@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,25 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 from evaluation_target import folder_of
+from processes import HERE, environment, launch, run
 from thorough import cases
 
 from difa_fx.cli import main
 
-HERE = Path(__file__).parent
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 COUNT = 42
 
 Folders = dict[str, Path]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | extra
-
-
-def run(arguments: list[str]) -> str:
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), cwd=HERE, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def killed(arguments: list[str], *, when: Callable[[], bool]) -> None:
@@ -76,7 +64,7 @@ def arguments(folders: Folders, output: Path, checkpoint: Path | None = None) ->
 
 
 def command(*words: str, processes: int = 1) -> list[str]:
-    return [sys.executable, *(LAUNCH if processes > 1 else []), "-m", "difa_fx", *words]
+    return [*(launch(processes) if processes > 1 else [sys.executable]), "-m", "difa_fx", *words]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +136,7 @@ def test_generation_by_two_processes_killed_and_gone_on_is_that_of_one(tmp_path:
     script = tmp_path / "script.py"
     script.write_text(GENERATE)
     run([sys.executable, str(script), str(tmp_path / "one")])
-    shared = [sys.executable, *LAUNCH, str(script), str(tmp_path / "two")]
+    shared = [*launch(2), str(script), str(tmp_path / "two")]
     killed(shared, when=lambda: len(list((tmp_path / "two").glob("[0-9]*.png"))) >= 3)
     assert 3 <= len(list((tmp_path / "two").glob("[0-9]*.png"))) < 11
     run(shared)

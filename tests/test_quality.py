@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import dataclass, field, replace
@@ -13,10 +12,10 @@ import digits
 import pytest
 import scipy.linalg
 import torch
+from benchmark_commands import command
 
 from difa_fx import Plan
 
-COMMAND = Path(__file__).resolve().parent.parent / "benchmarks" / "quality.py"
 SITES = [f"transformer_blocks.{i}.attn1" for i in range(6)]
 TINY = [
     "--compiler=eager",
@@ -32,13 +31,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def quality() -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_quality", COMMAND)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_quality"] = module
-    spec.loader.exec_module(module)
-    return module
+    return command("quality")
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 import statistics
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from benchmark_commands import command
 from compiled import compiled, make_plan, run
 from models import Case, dit, pixart
 from torch.utils._pytree import tree_map
@@ -177,20 +175,9 @@ def test_the_published_plans_keep_what_the_page_says(name: str, alone: int, with
     assert f"| {alone} % | {with_projections} % |" in page
 
 
-def losses_command() -> ModuleType:
-    path = ROOT / "benchmarks" / "losses.py"
-    spec = importlib.util.spec_from_file_location("benchmark_losses", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_losses"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_conversion_of_thresholds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = ["--thresholds", "0.1", "--samples", "2", "--steps", "2", "--compiler", "eager", "--near", "10"]
-    trials = losses_command().main([*tiny, "-o", str(tmp_path / "losses")])
+    trials = command("losses").main([*tiny, "-o", str(tmp_path / "losses")])
     # A layer is tried with one to four methods; the first step has no trials.
     assert 6 <= len(trials) <= 24
     assert all(trial.reference >= trial.paper > 0 for trial in trials)

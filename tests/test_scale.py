@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 import torch.distributed as dist
 from compiled import compiled, make_plan
 from models import dit, toy
+from processes import launch, run
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,17 +42,8 @@ dist.destroy_process_group()
 def test_two_processes_share_the_prompts_under_one_plan(tmp_path: Path) -> None:
     script = tmp_path / "generate.py"
     script.write_text(EACH_RANK)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     for processes in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run(
-            [sys.executable, *launch, str(script), str(tmp_path)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
+        run([*launch(processes), str(script), str(tmp_path)])
     alone = load_file(tmp_path / "1-0.safetensors")
     shared = load_file(tmp_path / "2-0.safetensors") | load_file(tmp_path / "2-1.safetensors")
     assert sorted(shared) == sorted(alone) == list("0123")

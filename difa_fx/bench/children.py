@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from difa_fx._torch import inductor_mode
 from difa_fx.bench.records import ALLOCATED, RESIDENT, RESIDENT_AFTER, Compiled
 from difa_fx.bench.sampling import Denoiser, generate
 from difa_fx.bench.settings import Settings, Size
@@ -52,7 +51,7 @@ def compare(size: Size, settings: Settings, plan: Plan) -> tuple[Compiled, ...]:
     Raises:
         BenchmarkError: a process failed.
     """
-    names = ["eager"] * settings.eager + ["inductor"] + ["max-autotune"] * settings.max_autotune + ["difa"]
+    names = [*settings.baselines, "difa"]
     cold: dict[str, list[Answer]] = {name: [] for name in names}
     warm: dict[str, list[Answer]] = {name: [] for name in names}
     for turn in range(settings.processes):
@@ -111,8 +110,7 @@ def compiled_by(name: str, subject: Subject, plan: Plan | None, compiler: str, m
     if name == "eager":
         return subject.model
     if name == "difa":
-        # torch.compile takes a mode or options, not both.
-        options: dict[str, Any] = {"plan": plan, "compiler": compiler, "inductor": inductor_mode(mode)}
+        options: dict[str, Any] = {"plan": plan, "compiler": compiler, "mode": mode}
         return torch.compile(subject.model, backend="difa", options=options, dynamic=False)
     chosen = "max-autotune" if name == "max-autotune" else mode
     return torch.compile(subject.model, backend=compiler, dynamic=False, mode=chosen)

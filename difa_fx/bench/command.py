@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from difa_fx.errors import OptionError
 from difa_fx.plan import Method, Plan
+from difa_fx.targets import check_folder_of
 
 if TYPE_CHECKING:
     from difa_fx.bench.records import Bench
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> str:
     from difa_fx.bench.report import markdown
 
     output: Path = arguments.output
-    _check_output(output)
+    check_folder_of(output, "the results'", "a path")
     bench = measure(
         sizes_of(arguments),
         settings_of(arguments),
@@ -153,17 +154,6 @@ def _columns(text: str | None) -> tuple[int, ...] | None:
             "the columns are no numbers", where="--columns", got=text, allowed="0,1,2,...", todo="part them by commas"
         )
     return tuple(map(int, parts))
-
-
-def _check_output(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise OptionError(
-            "the results' folder does not exist",
-            where="--output",
-            got=str(path),
-            allowed="a path in a folder that exists",
-            todo=f"mkdir -p {path.parent}",
-        )
 
 
 def _write(bench: Bench, output: Path) -> None:

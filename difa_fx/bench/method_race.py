@@ -25,11 +25,6 @@ _FULL_OF = {REFRESH: Method.FULL.value, REFRESH_CFG: Method.FULL_CFG.value}
 """What a step that also writes the residual is compared with."""
 
 
-def baselines(settings: Settings) -> list[str]:
-    """The contenders that compress nothing."""
-    return ["eager"] * settings.eager + ["inductor"] + ["max-autotune"] * settings.max_autotune
-
-
 def label_of(name: str, settings: Settings) -> str:
     """A contender that compresses nothing, for tables."""
     plain = "Inductor" if settings.compiler == "inductor" else settings.compiler
@@ -40,7 +35,7 @@ def label_of(name: str, settings: Settings) -> str:
 def race_methods(subject: Subject, settings: Settings, methods: MethodPlan) -> Race:
     """Measure every step that ``methods`` names."""
     uncompressed = {
-        name: compiled_by(name, subject, None, settings.compiler, settings.mode) for name in baselines(settings)
+        name: compiled_by(name, subject, None, settings.compiler, settings.mode) for name in settings.baselines
     }
     steps = MethodSteps(subject, compiled_by("difa", subject, methods.plan, settings.compiler, settings.mode), methods)
     yielded = steps.prime()

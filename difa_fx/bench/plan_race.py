@@ -17,7 +17,7 @@ from difa_fx.bench.cache_peers import CACHE_PEERS, cached
 from difa_fx.bench.children import compiled_by
 from difa_fx.bench.dynamo import Heard, apart, listening
 from difa_fx.bench.efficiency import efficiencies, savable
-from difa_fx.bench.method_race import baselines, label_of
+from difa_fx.bench.method_race import label_of
 from difa_fx.bench.peers import hooked
 from difa_fx.bench.records import Race, Row
 from difa_fx.bench.sampling import Denoiser, generate, relative_l1
@@ -63,7 +63,7 @@ def race_plan(subject: Subject, settings: Settings, plan: Plan, limit: int) -> t
         limit: how often Dynamo may compile a frame of a peer.
     """
     entrants: dict[str, Entrant] = {}
-    for name in baselines(settings):
+    for name in settings.baselines:
         call = compiled_by(name, subject, None, settings.compiler, settings.mode)
         entrants[name] = _first(subject, plan, label_of(name, settings), partial(Denoiser, call))
     first_call = subject.arguments(subject.noise, timesteps(plan.steps)[0])

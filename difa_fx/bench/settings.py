@@ -129,6 +129,11 @@ class Settings:
                     f"{name} is too small", where=f"--{name}", got=value, allowed=f"{least} or more", todo="raise it"
                 )
 
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The contenders that compress nothing."""
+        return ("eager",) * self.eager + ("inductor",) + ("max-autotune",) * self.max_autotune
+
     def rounds_on(self, size: Size) -> int:
         """Turns of every contender."""
         return self.rounds or (20 if size.cuda else 5)
