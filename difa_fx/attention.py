@@ -9,7 +9,6 @@ Letters: B batch, H heads, N tokens, D head width, S block of queries, L keys of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Final, Literal, cast
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from difa_fx._torch import flex_band, flex_with_lse
 from difa_fx.banded import band_attention, band_residual, tile_bias
 from difa_fx.block_masks import block_lists, block_mask
-from difa_fx.cpu_window import build_in_background, cpu_refresh, cpu_window, serves
+from difa_fx.cpu_window import build_in_background, cpu_refresh, cpu_window, fits, serves
 from difa_fx.errors import OptionError
 
 WindowKernel = Literal["cpp", "flex", "flash", "sdpa"]
@@ -99,7 +98,7 @@ def refreshed_attention(
     size: tuple[int, ...],
     text: tuple[int, int] = (0, 0),
     scale: float | None = None,
-    kernel: WindowKernel = "sdpa",
+    kernel: WindowKernel,
 ) -> tuple[Tensor, Tensor]:
     """Full attention, [B, H, N, D], and what window attention misses of it, [B, N, H, D], at once.
 
@@ -108,6 +107,7 @@ def refreshed_attention(
 
     Args:
         constants: what :func:`refresh_tensors` made for this kernel and window.
+        kernel: one that :func:`refreshes_at_once`.
     """
     if kernel == "cpp":
         full_BNHD, missed_BNHD = cpu_refresh(q_BHND, k_BHND, v_BHND, size[0], list(text), scale)
@@ -173,9 +173,9 @@ def window_tensors(
     return (tile_bias(grid, size, like),)
 
 
-def prepare(queries: Sequence[Tensor]) -> None:
-    """Begin, in the background, to build what windows over these queries, [B, H, N, D], will probably run on."""
-    if any(t.device.type == "cpu" and t.dtype == torch.float32 and _worth_a_kernel(t.shape[-2]) for t in queries):
+def prepare(like: Tensor, tokens: int) -> None:
+    """Begin, in the background, to build what windows over so many tokens will probably run on."""
+    if fits(like, (tokens,)) and _worth_a_kernel(tokens):
         build_in_background()
 
 
@@ -214,7 +214,7 @@ def choose_kernel(
     if masked or covers(grid, size):
         return "sdpa"
     own = requested == "cpp" or (requested == "auto" and _worth_a_kernel(math.prod(grid)))
-    own = own and serves(like, grid, masked=masked)
+    own = own and serves(like, grid)
     if requested == "cpp" and not own:
         raise OptionError(
             "the kernel for CPUs cannot run here",

@@ -121,7 +121,8 @@ def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str
     attention = replace(found, sites=sites)
     plan = _fitted(plan, attention, compilation)
     if options.window_kernel == "auto" and plan.uses_windows:
-        kernels.prepare([site.call.q.meta["val"] for site in attention.sites])
+        for site in attention.sites:
+            kernels.prepare(site.call.q.meta["val"], site.shape.tokens)
     settings = RewriteSettings(window=plan.window, second=plan.cfg == "uncond_first", kernel=options.window_kernel)
     return Runner(
         graph=canonical.gm.graph,

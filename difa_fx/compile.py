@@ -15,7 +15,7 @@ from torch import fx
 from tqdm.auto import tqdm
 
 from difa_fx._torch import BoxedPiece, begin_lowering, deferred_kernels, trace_aten
-from difa_fx.attention import refreshed_attention, window_attention, window_residual
+from difa_fx.attention import window_attention, window_residual
 from difa_fx.passes.partition import Segment
 from difa_fx.passes.rewrite import RewriteSettings, VariantGraph, rewrite
 from difa_fx.schedule import SiteAction
@@ -29,8 +29,6 @@ then a residual it writes."""
 _PATCHES = {"size_asserts": False}
 """Sizes and strides are known: Dynamo guards those of the graph's inputs, and those that cross pieces were settled when
 the pieces were made.  To check them again costs 2 % of a call where layers are small."""
-
-_WINDOWED = (window_attention, window_residual, refreshed_attention)
 
 PieceKey = tuple[str, SiteAction | None]
 
@@ -89,7 +87,7 @@ def _boxed(gm: fx.GraphModule) -> Piece:
 def _flex_patches(variant: VariantGraph) -> dict[str, Any]:
     """Inductor's C++ flex template cannot take a fused epilogue; on CPU fusion is off for its pieces."""
     for node in variant.gm.graph.nodes:
-        flex = node.target in _WINDOWED and node.kwargs["kernel"] == "flex"
+        flex = node.target in (window_attention, window_residual) and node.kwargs["kernel"] == "flex"
         if flex and node.args[0].meta["val"].device.type == "cpu":
             return {"epilogue_fusion": False}
     return {}

@@ -39,14 +39,19 @@ cpu_refresh = torch.ops.difa.cpu_refresh.default
 """Full attention, and full minus attention within the window, both [B, N, H, D]."""
 
 
-def serves(like: Tensor, grid: Sequence[int], *, masked: bool) -> bool:
-    """Whether the kernel can be used for such tensors; builds it where that is all that is missing."""
-    fits = like.device.type == "cpu" and like.dtype == torch.float32 and len(grid) == 1 and not masked
-    return fits and _kernel() is not None
+def fits(like: Tensor, grid: Sequence[int]) -> bool:
+    """Whether the kernel is for such tensors and windows."""
+    return like.device.type == "cpu" and like.dtype == torch.float32 and len(grid) == 1
 
 
+def serves(like: Tensor, grid: Sequence[int]) -> bool:
+    """Whether the kernel can be used for them; builds it where that is all that is missing."""
+    return fits(like, grid) and _kernel() is not None
+
+
+@functools.cache
 def build_in_background() -> None:
-    """Begin to build the kernel, in the background."""
+    """Begin to build the kernel, in the background; once."""
     threading.Thread(target=_kernel, name="difa-cpu-window", daemon=True).start()
 
 

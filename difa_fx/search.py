@@ -280,9 +280,11 @@ class Backend:
                 return self._pairs.second(args, run)
             if graph.calls_per_step == 2:
                 return self._pairs.first(args, lambda args: graph.complete(graph.start((args,), {}))[0], run)
-            if step == 1 and self._watch is not None:
+            if self._watch is not None and step == 0:
+                self._before = args
+            elif self._watch is not None:
                 self._watch(graph.attention, self._before, args)
-            self._before, self._watch = args, self._watch if step == 0 else None
+                self._before, self._watch = (), None
             return run((args,))[0]
 
     def _graph(
