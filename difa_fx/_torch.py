@@ -43,6 +43,7 @@ TRIED_ON = ("2.11", "2.13")
 """The torch minor versions whose private APIs, as used here, were run."""
 
 __all__ = [
+    "CUDA_GRAPHS",
     "TRIED_ON",
     "BoxedPiece",
     "FakeTensor",
@@ -53,6 +54,7 @@ __all__ = [
     "breaks_graph",
     "build_cpp",
     "compile_inductor",
+    "copy_all",
     "cpu_codegen",
     "deferred_kernels",
     "export_aten",
@@ -66,7 +68,9 @@ __all__ = [
     "is_wrapped",
     "new_fake_mode",
     "propagate",
+    "same_addresses",
     "trace_aten",
+    "uses_cuda_graphs",
 ]
 
 
@@ -230,7 +234,9 @@ def deferred_kernels() -> Iterator[None]:
     """Within, kernels are built in the background while the next graph is lowered; at the end all are ready.
 
     Inductor waits for a graph's kernels as soon as its module is loaded.  Here that wait is put off: pieces that
-    share two cores take turns at Python and at the C++ compiler.  Replaces ``AsyncCompile.wait`` for the time.
+    share two cores take turns at Python and at the C++ compiler.  Not for CUDA: Triton's kernels are built by a pool of
+    processes, and of one that two graphs share the result can be fetched once.  Replaces ``AsyncCompile.wait`` for the
+    time.
     """
     waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
     wait = AsyncCompile.wait
@@ -278,6 +284,35 @@ def inductor_mode(mode: str | None) -> dict[str, Any]:
 def inductor_option_names() -> list[str]:
     """The names Inductor takes in ``options``."""
     return list_options()
+
+
+def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor's settings ask for CUDA graphs.  Reads ``triton.cudagraphs``."""
+    return bool(patches.get(CUDA_GRAPHS, inductor_config.triton.cudagraphs))
+
+
+CUDA_GRAPHS = "triton.cudagraphs"
+"""The setting, as Inductor names it."""
+
+
+def copy_all(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy each value to its place, at once.  Wraps ``_foreach_copy_``."""
+    if places:
+        torch._foreach_copy_(list(places), list(values))
+
+
+def same_addresses(values: Sequence[Any], addresses: Sequence[int | None], positions: Sequence[int]) -> bool:
+    """Whether the tensors at ``positions`` lie at their ``addresses``, which has one for each of ``values``.
+
+    Wraps ``_tensors_data_ptrs_at_indices_equal``, which builds of torch without CUDA do not have.
+    """
+    if _compare_addresses is None:
+        return all(values[i].data_ptr() == addresses[i] for i in positions)
+    same: bool = _compare_addresses(list(values), addresses, positions)
+    return same
+
+
+_compare_addresses = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 
 
 def input_sources(gm: torch.fx.GraphModule) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from difa_fx import attention as kernels
 from difa_fx._torch import (
+    CUDA_GRAPHS,
     apart_from_dynamo,
     breaks_graph,
     compile_inductor,
@@ -27,8 +28,10 @@ from difa_fx._torch import (
     input_sources,
     is_wrapped,
     trace_aten,
+    uses_cuda_graphs,
 )
 from difa_fx.compile import PieceCompiler
+from difa_fx.cuda_graphs import graphs_for
 from difa_fx.errors import DifaError, GradError, GraphError, PlanError
 from difa_fx.options import Options, parse_options
 from difa_fx.passes.canonicalize import canonicalize
@@ -129,11 +132,13 @@ def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str
         attention=attention,
         partition=partition(canonical, attention.sites),
         schedule=make_schedule(plan, [site.path for site in attention.sites]),
-        compiler=PieceCompiler(options.compiler, options.inductor, settings),
+        # A call is one graph, and not a graph a piece.
+        compiler=PieceCompiler(options.compiler, {**options.inductor, CUDA_GRAPHS: False}, settings),
         owner_position=owner_position,
         clock_of=compilation.clock_of,
         strict=options.strict,
         company=compilation,
+        graphs=graphs_for(inputs, static) if uses_cuda_graphs(options.inductor) else None,
     )
 
 

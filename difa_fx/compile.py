@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from difa_fx._torch import BoxedPiece, begin_lowering, deferred_kernels, trace_aten
@@ -58,9 +59,11 @@ class PieceCompiler:
             if (segment.signature, action) not in self.pieces:
                 missing.setdefault((segment.signature, action), segment)
         started = time.perf_counter()
-        begun = {key: self._begin(rewrite(segment, key[1], self.settings)) for key, segment in missing.items()}
+        variants = {key: rewrite(segment, key[1], self.settings) for key, segment in missing.items()}
+        begun = {key: self._begin(variant) for key, variant in variants.items()}
         bar = tqdm(missing.items(), desc="difa: compile", unit="piece", disable=None, leave=False)
-        with bar, deferred_kernels():
+        on_cuda = any(isinstance(x, Tensor) and x.is_cuda for variant in variants.values() for x in variant.inputs)
+        with bar, nullcontext() if on_cuda else deferred_kernels():
             for key, segment in bar:
                 bar.set_postfix_str(f"{segment.name} {key[1] or ''}"[:60])
                 self.pieces[key] = begun[key]()

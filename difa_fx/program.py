@@ -143,6 +143,12 @@ class ProgramBuilder:
             drops=drops,
         )
 
+    def run_program(self, program: Program, args: Sequence[Any], state: State) -> tuple[Any, ...]:
+        """The graph's outputs for its inputs; ``state`` is changed."""
+        slots = self.start(args)
+        self.run(program, slots, state)
+        return self.collect(slots)
+
     def start(self, args: Sequence[Any]) -> list[Any]:
         """The slots at the beginning of a call with the graph's inputs."""
         return [*args, *([None] * (self._size - len(args)))]
@@ -152,7 +158,7 @@ class ProgramBuilder:
         for call in calls:
             results = _results(call, slots, state)
             for key, value in _state_of(call, results):
-                state[key] = self._kept(value)
+                state[key] = value
             for waiting, key in call.moves:
                 state[key] = state.pop(waiting)
             if call.widen:
@@ -184,10 +190,6 @@ class ProgramBuilder:
         if wants_half:
             return lambda stored: cfg_half(stored, axis=axis, second=second).contiguous()
         return partial(cfg_shared, axis=axis)
-
-    def _kept(self, value: Tensor) -> Tensor:
-        """``value`` as state: a CUDA graph's next replay overwrites its outputs, so of those a copy is kept."""
-        return value.clone() if value.is_cuda and self.compiler.patches.get("triton.cudagraphs") else value
 
 
 def _results(call: Call, slots: Sequence[Any], state: State) -> Sequence[Any]:

@@ -20,6 +20,7 @@ from difa_fx.attention import cfg_half
 from difa_fx.clock import Clock
 from difa_fx.compile import PieceCompiler
 from difa_fx.cost import SiteShape
+from difa_fx.cuda_graphs import GraphMaker, StepGraphs
 from difa_fx.errors import CFGError, ClockError, DifaError
 from difa_fx.passes.find_attention import Attention
 from difa_fx.passes.graph_tools import placeholders
@@ -32,13 +33,23 @@ from difa_fx.schedule import FULL, Schedule, SiteStep
 
 @dataclass(slots=True)
 class Session:
-    """The state of one denoiser's generation; two denoisers that share a compiled graph have one each."""
+    """The state of one denoiser's generation; two denoisers that share a compiled graph have one each.
+
+    Attributes:
+        clock: the denoiser's.
+        state: what is held now.
+        generation: the one that it is of.
+        position: its last call.
+        peak_bytes: the most that was held after a call.
+        graphs: the calls as CUDA graphs, if they are asked for.
+    """
 
     clock: Clock
     state: State = field(default_factory=dict)
     generation: int = -1
     position: int = -1
     peak_bytes: int = 0
+    graphs: StepGraphs | None = None
 
     def abandon(self) -> None:
         """Drop the state, and with it the generation: only the first step of a new one can follow."""
@@ -132,11 +143,12 @@ class Runner:
         clock_of: Callable[[object], Clock],
         strict: bool,
         company: Company | None = None,
+        graphs: GraphMaker | None = None,
     ) -> None:
         self.attention, self.partition, self.schedule = attention, partition, schedule
         self._compiler, self._strict = compiler, strict
         self._owner_position, self._clock_of = owner_position, clock_of
-        self._company = company or Alone()
+        self._company, self._make_graphs = company or Alone(), graphs
         self._sites = {site.path: site for site in attention.sites}
         self._shapes = {site.path: site.shape for site in attention.sites}
         self._kinds = {site.path: _kinds(site) for site in attention.sites}
@@ -163,7 +175,7 @@ class Runner:
                 raise
             return self._run_full(args, error)
         try:
-            return self._run(self.programs[call], args, session)
+            return self._run(call, args, session)
         except BaseException:
             session.abandon()
             raise
@@ -211,7 +223,9 @@ class Runner:
         found = self._sessions.get(key)
         if found is not None and (found[0] is None or found[0]() is owner):
             return found[1]
-        session = Session(self._clock_of(owner))
+        make = self._make_graphs
+        graphs = None if make is None else make(self._builder, self.programs, self.schedule)
+        session = Session(self._clock_of(owner), graphs=graphs)
         ref = None if owner is None else weakref.ref(owner, lambda _: self._sessions.pop(key, None))
         self._sessions[key] = (ref, session)
         return session
@@ -249,6 +263,8 @@ class Runner:
             session.state.clear()
             if self._halves:
                 self._check_halves(args)
+            if session.graphs is not None:
+                session.graphs.begin(call)
         elif self._sites and not session.ran(call - 1) and not self._take_over(session, call, args):
             raise ClockError(
                 "there is no state to go on with in the middle of a generation",
@@ -271,6 +287,9 @@ class Runner:
             fit = self._fit_from(other, call - 1)
             if fit is not None:
                 session.state = {key: fit(key, value) for key, value in theirs.state.items()}
+                if session.graphs is not None:
+                    session.graphs.begin(call)
+                    session.graphs.adopt(session.state)
                 theirs.abandon()
                 return True
         return False
@@ -311,11 +330,13 @@ class Runner:
                 todo="turn classifier-free guidance on, or use a plan without '+cfg' methods",
             )
 
-    def _run(self, program: Program, args: Sequence[Any], session: Session) -> tuple[Any, ...]:
-        slots = self._builder.start(args)
-        self._builder.run(program, slots, session.state)
+    def _run(self, call: int, args: Sequence[Any], session: Session) -> tuple[Any, ...]:
+        if session.graphs is None:
+            outputs = self._builder.run_program(self.programs[call], args, session.state)
+        else:
+            outputs = session.graphs.run(call, args, session.state)
         session.peak_bytes = max(session.peak_bytes, session.state_bytes)
-        return self._builder.collect(slots)
+        return outputs
 
     def _run_full(self, args: Sequence[Any], error: DifaError) -> tuple[Any, ...]:
         warnings.warn(f"difa_fx runs full attention: {error}", stacklevel=3)
@@ -323,7 +344,7 @@ class Runner:
             row = {path: SiteStep(FULL) for path in self._sites}
             self._builder.compile_rows([row])
             self._full = self._builder.program(row)
-        return self._run(self._full, args, Session(Clock(1)))
+        return self._builder.run_program(self._full, args, {})
 
 
 def owners(model: nn.Module) -> Iterator[Tensor]:
