@@ -58,9 +58,6 @@ class FakeRecorder:
         alive: the tensors that are held now.
     """
 
-    made: int = 0
-    """Graphs recorded by all recorders."""
-
     def __init__(self, alive: Callable[[], Iterable[Tensor]]) -> None:
         self._alive, self._logs = alive, list[_Log]()
 
@@ -71,7 +68,6 @@ class FakeRecorder:
             result = run()
         log.poison(before)
         self._logs.append(log)
-        FakeRecorder.made += 1
 
         def replay() -> None:
             alive = self._held() | log.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import difa_fx
 from difa_fx import backend, registry
-from difa_fx.cuda_graphs import StepGraphs
+from difa_fx.cuda_graphs import CudaRecorder, StepGraphs
 from difa_fx.errors import ClockError, GraphError
 
 TIGHT = 1e-4
@@ -33,20 +34,53 @@ class Watched(StepGraphs):
         return super().run(call, args, state)
 
 
-@pytest.fixture(autouse=True)
-def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
-    def graphs_for(inputs: Any, fixed: Any) -> Any:
-        def make(*args: Any) -> StepGraphs:
-            graphs = Watched(*args, fixed=fixed, recorder=lambda: FakeRecorder(lambda: list(graphs.held.values())))
-            return graphs
+@dataclass(slots=True)
+class Place:
+    """Where the tests run, and how many graphs were recorded."""
 
-        return make
+    device: str
+    made: int = 0
 
-    monkeypatch.setattr(backend, "graphs_for", graphs_for)
+    def case(self, found: Case) -> Case:
+        """``found`` there."""
+
+        def moved(value: Any) -> Any:
+            return value.to(self.device) if isinstance(value, Tensor) else value
+
+        def draw(by: Any) -> Any:
+            args, kwargs = found.draw(by)
+            return tuple(map(moved, args)), {key: moved(value) for key, value in kwargs.items()}
+
+        return replace(found, model=found.model.to(self.device), draw=draw)
+
+
+@pytest.fixture(params=["fake", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """On CUDA as it is; elsewhere with a recorder that stands in for CUDA's."""
+    found = Place("cpu" if request.param == "fake" else "cuda")
+    recorder = FakeRecorder if request.param == "fake" else CudaRecorder
+    record = recorder.record
+
+    def counting(self: Any, run: Any) -> Any:
+        found.made += 1
+        return record(self, run)
+
+    monkeypatch.setattr(recorder, "record", counting)
+    if request.param == "fake":
+        monkeypatch.setattr(backend, "graphs_for", watched_graphs)
+    return found
+
+
+def watched_graphs(inputs: Any, fixed: Any) -> Any:
+    def make(*args: Any) -> StepGraphs:
+        graphs = Watched(*args, fixed=fixed, recorder=lambda: FakeRecorder(lambda: list(graphs.held.values())))
+        return graphs
+
+    return make
 
 
 def recording(found: Case, plan: Any) -> Any:
-    return compiled(found, plan, "aot_eager", mode="reduce-overhead")
+    return compiled(found, plan, "aot_eager", mode="reduce-overhead", window_kernel="sdpa")
 
 
 def graphs_of(model: Any) -> StepGraphs:
@@ -60,22 +94,21 @@ def agree(got: list[Tensor], found: Case, plan: Any, calls: Any) -> None:
         assert relative(ours, tensor_of(theirs)) < TIGHT, f"step {step}"
 
 
-def test_generations_agree_with_the_oracle_and_are_recorded_once() -> None:
-    found = dit()
+def test_generations_agree_with_the_oracle_and_are_recorded_once(place: Place) -> None:
+    found = place.case(dit())
     plan = make_plan(found, ROWS, window=5)
     model = recording(found, plan)
-    before = FakeRecorder.made
     for generation in range(4):
         calls = found.generation(plan.steps, seed=generation)
         agree(run(model, calls), found, plan, calls)
-        recorded = FakeRecorder.made - before
+        recorded = place.made
         assert recorded == (0 if generation == 0 else len(set(graphs_of(model).recorded)))
     assert len(graphs_of(model).recorded) == plan.steps
     assert sum(stats.state_bytes for stats in difa_fx.stats(model)) == 0
 
 
-def test_calls_that_do_the_same_in_the_same_place_share_a_graph() -> None:
-    found = dit()
+def test_calls_that_do_the_same_in_the_same_place_share_a_graph(place: Place) -> None:
+    found = place.case(dit())
     rows = ["full", "full+cfg", "cached", "full+cfg", "cached", "full", "window", "window", "window", "full"]
     plan = make_plan(found, rows, window=5)
     model = recording(found, plan)
@@ -86,24 +119,24 @@ def test_calls_that_do_the_same_in_the_same_place_share_a_graph() -> None:
 
 
 @pytest.mark.parametrize("stops", [(3, 10, 10, 10), (10, 4, 10, 10), (10, 10, 2, 10), (1, 1, 1, 10, 5, 10)])
-def test_interrupted_generations(stops: tuple[int, ...]) -> None:
+def test_interrupted_generations(place: Place, stops: tuple[int, ...]) -> None:
     """What a generation that comes further than the one before needs is recorded at last, and is right at once."""
-    found = dit()
+    found = place.case(dit())
     plan = make_plan(found, ROWS, window=5)
     model = recording(found, plan)
     for generation, stop in enumerate((*stops, 10, 10)):
         calls = found.generation(plan.steps, seed=generation)[:stop]
         agree(run(model, calls), found, plan, calls)
-    made = FakeRecorder.made
+    made = place.made
     assert len(graphs_of(model).recorded) == plan.steps
     run(model, calls)
-    assert FakeRecorder.made == made
+    assert place.made == made
 
 
 @pytest.mark.parametrize("step", [0, 4])
 @pytest.mark.parametrize("generation", [1, 2])
-def test_parameters_that_move_are_noticed(step: int, generation: int) -> None:
-    found = dit()
+def test_parameters_that_move_are_noticed(place: Place, step: int, generation: int) -> None:
+    found = place.case(dit())
     plan = make_plan(found, ROWS, window=5)
     model = recording(found, plan)
     calls = found.generation(plan.steps)
@@ -125,8 +158,8 @@ def test_parameters_that_move_are_noticed(step: int, generation: int) -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 4])
-def test_guidance_ends_and_the_state_goes_on_in_the_graphs_of_half_the_batch(stop: int) -> None:
-    found = dit()
+def test_guidance_ends_and_the_state_goes_on_in_the_graphs_of_half_the_batch(place: Place, stop: int) -> None:
+    found = place.case(dit())
     plan = make_plan(found, ROWS, window=5)
     model = recording(found, plan)
     for generation in range(4):
@@ -142,19 +175,19 @@ def test_guidance_ends_and_the_state_goes_on_in_the_graphs_of_half_the_batch(sto
     assert counts == [stop, plan.steps - stop]
 
 
-def test_a_denoiser_in_several_graphs() -> None:
-    found, plan = broken(toy(blocks=3))
+def test_a_denoiser_in_several_graphs(place: Place) -> None:
+    found, plan = broken(place.case(toy(blocks=3)))
     model = recording(found, plan)
     for generation in range(3):
         calls = found.generation(plan.steps, seed=generation)
         agree(run(model, calls), found, plan, calls)
-    assert FakeRecorder.made > plan.steps
+    assert place.made > plan.steps
 
 
-def test_two_denoisers_of_one_class_take_turns() -> None:
-    first, second = dit(seed=1), dit(seed=2)
+def test_two_denoisers_of_one_class_take_turns(place: Place) -> None:
+    first, second = (place.case(dit(seed=seed)) for seed in (1, 2))
     plan = make_plan(first, ROWS, window=5)
-    options = {"plan": plan, "compiler": "aot_eager", "mode": "reduce-overhead"}
+    options = {"plan": plan, "compiler": "aot_eager", "mode": "reduce-overhead", "window_kernel": "sdpa"}
     models = [torch.compile(found.model, backend="difa", options=options, dynamic=False) for found in (first, second)]
     oracles = [Oracle(found.model, plan) for found in (first, second)]
     for generation in range(4):
@@ -168,9 +201,9 @@ def test_two_denoisers_of_one_class_take_turns() -> None:
                 assert relative(tensor_of(model(*args, **kwargs)), theirs) < TIGHT, f"step {step}"
 
 
-def test_inputs_that_repeat_themselves_in_memory_and_inference_mode() -> None:
+def test_inputs_that_repeat_themselves_in_memory_and_inference_mode(place: Place) -> None:
     """Pipelines expand one timestep over the batch; a place that was made in inference mode serves outside of it."""
-    found = dit()
+    found = place.case(dit())
     plan = make_plan(found, ROWS, window=5)
     model = recording(found, plan)
     for generation in range(5):
@@ -183,8 +216,8 @@ def test_inputs_that_repeat_themselves_in_memory_and_inference_mode() -> None:
         agree(got, found, plan, calls)
 
 
-def test_outputs_are_the_callers() -> None:
-    found = toy()
+def test_outputs_are_the_callers(place: Place) -> None:
+    found = place.case(toy())
     plan = make_plan(found, ["full", "cached", "cached"], window=5)
     model = recording(found, plan)
     calls = found.generation(plan.steps)
@@ -196,21 +229,22 @@ def test_outputs_are_the_callers() -> None:
             output.fill_(float("nan"))
 
 
-def test_what_cannot_be_recorded_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = toy()
+def refuse(self: Any, *args: Any) -> Any:
+    raise GraphError("no")
+
+
+def test_what_cannot_be_recorded_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = place.case(toy())
     plan = make_plan(found, ["full", "cached"], window=5)
     model = recording(found, plan)
     calls = found.generation(plan.steps)
     run(model, calls)
 
-    def refuse(self: FakeRecorder, run: Any) -> Any:
-        run()
-        raise GraphError("no")
-
-    monkeypatch.setattr(FakeRecorder, "record", refuse)
-    with pytest.raises(GraphError):
-        run(model, calls)
-    monkeypatch.undo()
+    (session,) = runner(model).sessions
+    with monkeypatch.context() as patched:
+        patched.setattr(type(session.graphs), "_record", refuse)
+        with pytest.raises(GraphError):
+            run(model, calls)
     with pytest.raises(ClockError, match="no state"):
         model(*calls[1][0], **calls[1][1])
     for seed in (1, 2):

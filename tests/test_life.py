@@ -164,7 +164,7 @@ class Broken(nn.Module):
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         inner = self.toy
-        angles = timestep.reshape(-1, 1) / 1000 * 2.0 ** torch.arange(8)
+        angles = timestep.reshape(-1, 1) / 1000 * 2.0 ** torch.arange(8, device=x.device)
         embedding = inner.time(torch.cat([angles.sin(), angles.cos()], dim=-1)) + inner.label(condition)
         x = inner.embed(x) + inner.position
         # Written out: from the middle of a loop Dynamo cannot go on, and compiles each block by itself instead.
