@@ -1,8 +1,10 @@
-// Attention within a window on CPU, float32: one pass over the keys that a block of queries sees.
+// Attention within a window on CPU, float32: one pass over the keys that a strip of queries sees.
 //
-// A block of queries takes the keys that all of its queries see in large products.  At the two ends of the band, where
-// each query sees another key first and last, it is cut into strips of queries, so that little is computed to be masked.  Softmax is online (running maximum and sum); attention outside the window has accumulators
-// of its own, and full attention is the merge of both, so a step that refreshes the residual reads each key once.
+// A strip is a few queries, whose scores with all keys that any of them sees are one product: it is so short that hardly
+// anything is computed to be masked.  Keys are packed before, so that the product reads them in order; both products
+// keep their results in registers.  Softmax is online (running maximum and sum) over chunks of keys; attention
+// outside the window has accumulators of its own, and full attention is the merge of both, so a step that refreshes the
+// residual computes each score once.
 //
 // Letters: B batch, H heads, N tokens, D head width.
 
@@ -11,15 +13,30 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
-
-extern "C" void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*, const float*,
-                       const int*, const float*, const int*, const float*, float*, const int*);
 
 namespace {
 
-constexpr int64_t kKeys = 512;  // keys of one product: its scores stay in the second-level cache
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kPanels = 3, kColumns = 4;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kPanels = 1, kColumns = 2;
+#else
+constexpr int kLanes = 4, kPanels = 2, kColumns = 4;
+#endif
+constexpr int kStrip = 8;         // queries; the registers hold kStrip x kPanels vectors of scores
+constexpr int kRows = 4;          // and kRows x kColumns vectors of results, or one column more
+constexpr int64_t kChunk = 1024;  // keys; a strip's scores with them stay in the first two caches
 constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr float kLog2e = 1.44269504088896341f;
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
+inline void store(float* at, Vector value) { *reinterpret_cast<Vector*>(at) = value; }
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 struct Problem {
   const float *q, *k, *v;
@@ -27,22 +44,21 @@ struct Problem {
   int64_t stride_q[3], stride_k[3], stride_v[3];  // of B, H and N; D is contiguous
   int64_t window, lead, image;                    // text tokens before the image's, and how many those are
   float scale;
-  int64_t block, strip;
 };
 
-// exp(x) for x <= 0, to about 2 ulp: 2^n times a polynomial on [-ln2/2, ln2/2].
-inline float exp_of(float x) {
-  x = std::max(x, -87.0f);
+// 2^x for x <= 0, to about 2 ulp: 2^n times a polynomial on [-1/2, 1/2].
+inline float exp2_of(float x) {
+  x = std::max(x, -126.0f);
   const float magic = 12582912.0f;
-  const float n = std::fma(x, 1.44269504088896341f, magic) - magic;
-  const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
-  float p = 1.9875691500e-4f;
-  p = std::fma(p, r, 1.3981999507e-3f);
-  p = std::fma(p, r, 8.3334519073e-3f);
-  p = std::fma(p, r, 4.1665795894e-2f);
-  p = std::fma(p, r, 1.6666665459e-1f);
-  p = std::fma(p, r, 5.0000001201e-1f);
-  p = std::fma(p, r * r, r + 1.0f);
+  const float n = (x + magic) - magic;
+  const float r = x - n;
+  float p = 1.5403530e-4f;
+  p = std::fma(p, r, 1.3333558e-3f);
+  p = std::fma(p, r, 9.6181291e-3f);
+  p = std::fma(p, r, 5.5504109e-2f);
+  p = std::fma(p, r, 2.4022651e-1f);
+  p = std::fma(p, r, 6.9314718e-1f);
+  p = std::fma(p, r, 1.0f);
   const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
@@ -51,13 +67,13 @@ inline float exp_of(float x) {
 
 // A reduction by std::max is not vectorised while NaN is honoured; one lane by lane is.
 inline float largest_of(const float* s, int64_t count) {
-  constexpr int kLanes = 16;
-  float lanes[kLanes];
-  std::fill_n(lanes, kLanes, kNone);
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
+  constexpr int kWide = 32;
+  float lanes[kWide];
+  std::fill_n(lanes, kWide, kNone);
+  const int64_t whole = count / kWide * kWide;
+  for (int64_t i = 0; i < whole; i += kWide) {
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = s[i + lane] > lanes[lane] ? s[i + lane] : lanes[lane];
+    for (int lane = 0; lane < kWide; ++lane) lanes[lane] = s[i + lane] > lanes[lane] ? s[i + lane] : lanes[lane];
   }
   float largest = kNone;
   for (int64_t i = whole; i < count; ++i) largest = std::max(largest, s[i]);
@@ -65,219 +81,294 @@ inline float largest_of(const float* s, int64_t count) {
   return largest;
 }
 
-// Attention of some queries to the keys seen so far: sums of exponentials and of weighted values, to a running maximum.
-struct Sums {
-  std::vector<float> values, largest, total;
-  Sums(int64_t rows, int64_t width) : values(rows * width), largest(rows), total(rows) {}
+// Scores of a strip with COUNT panels of keys: q [kStrip, D], k [panels, D, kLanes], s [kStrip, ld].
+template <int COUNT>
+void scores_of(const float* q, const float* k, int64_t width, float* s, int64_t ld) {
+  Vector sums[kStrip][COUNT];
+  for (int row = 0; row < kStrip; ++row)
+    for (int c = 0; c < COUNT; ++c) sums[row][c] = Vector{};
+  for (int64_t d = 0; d < width; ++d) {
+    Vector keys[COUNT];
+    for (int c = 0; c < COUNT; ++c) keys[c] = load(k + (c * width + d) * kLanes);
+#pragma GCC unroll 8
+    for (int row = 0; row < kStrip; ++row) {
+      const float query = q[row * width + d];
+#pragma GCC unroll 4
+      for (int c = 0; c < COUNT; ++c) sums[row][c] += query * keys[c];
+    }
+  }
+  for (int row = 0; row < kStrip; ++row)
+    for (int c = 0; c < COUNT; ++c) store(s + row * ld + c * kLanes, sums[row][c]);
+}
 
-  void clear(int64_t width, int64_t rows) {
-    std::fill_n(values.begin(), rows * width, 0.0f);
-    std::fill_n(largest.begin(), rows, kNone);
-    std::fill_n(total.begin(), rows, 0.0f);
+// Values weighted by kRows rows of e, COUNT vectors of columns: out [kRows, ldo] += e [kRows, lde] v [count, ldv].
+template <int COUNT>
+void weigh(const float* e, int64_t lde, const float* v, int64_t ldv, int64_t count, float* out, int64_t ldo) {
+  Vector sums[kRows][COUNT];
+  for (int row = 0; row < kRows; ++row)
+    for (int c = 0; c < COUNT; ++c) sums[row][c] = load(out + row * ldo + c * kLanes);
+  for (int64_t key = 0; key < count; ++key) {
+    Vector values[COUNT];
+    for (int c = 0; c < COUNT; ++c) values[c] = load(v + key * ldv + c * kLanes);
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+      const float weight = e[row * lde + key];
+#pragma GCC unroll 8
+      for (int c = 0; c < COUNT; ++c) sums[row][c] += weight * values[c];
+    }
+  }
+  for (int row = 0; row < kRows; ++row)
+    for (int c = 0; c < COUNT; ++c) store(out + row * ldo + c * kLanes, sums[row][c]);
+}
+
+// Calls `run` with `count`, from 1 to MOST, as a constant; gives it back.
+template <int MOST, typename Run>
+int64_t by_count(int64_t count, Run&& run) {
+  if constexpr (MOST > 1) {
+    if (count < MOST) return by_count<MOST - 1>(count, run);
+  }
+  run(std::integral_constant<int, MOST>{});
+  return MOST;
+}
+
+// Attention of a strip to the keys seen so far: sums of exponentials and of weighted values, to a running maximum.
+struct Sums {
+  std::vector<float> values;  // [kStrip, D rounded up to vectors]
+  float largest[kStrip], total[kStrip];
+
+  void clear() {
+    std::fill(values.begin(), values.end(), 0.0f);
+    std::fill_n(largest, kStrip, kNone);
+    std::fill_n(total, kStrip, 0.0f);
   }
 };
 
-enum class Seen { kAll, kInside, kOutside };
+struct Range {
+  int64_t begin, end;
+};
 
 struct Worker {
   const Problem& p;
-  const float *q, *k, *v;  // of one sample and head
-  int64_t first;           // the block's first query, counted within the image
-  std::vector<float> scores;
+  const int64_t padded;             // D rounded up to vectors
+  std::vector<float> keys, values;  // packed keys [panels, D, kLanes]; values [N, padded]
+  int64_t packed = 0;               // the first key of both
+  std::vector<float> queries;       // a strip, scaled
+  std::vector<float> near, far;     // a strip's scores, then exponentials, inside and outside of the window
   Sums inside, outside;
 
   explicit Worker(const Problem& problem)
       : p(problem),
-        scores(problem.block * kKeys),
-        inside(problem.block, problem.width),
-        outside(problem.block, problem.width) {}
+        padded(round_up(problem.width, kLanes)),
+        queries(kStrip * problem.width),
+        near(kStrip * (kChunk + 2 * kLanes)),
+        far(near.size()) {
+    inside.values.resize(kStrip * padded);
+    outside.values.resize(kStrip * padded);
+  }
 
-  // Queries [from, to) of the block take in keys [low, high), both counted within the image where `seen` is not kAll.
-  void take(Sums& sums, int64_t from, int64_t to, int64_t low, int64_t high, Seen seen) {
-    const int64_t offset = seen == Seen::kAll ? 0 : p.lead;
-    for (int64_t start = low; start < high; start += kKeys) {
-      const int64_t count = std::min(kKeys, high - start);
-      product(from, to - from, start + offset, count);
-      for (int64_t row = from; row < to; ++row) {
-        float* s = scores.data() + (row - from) * count;
-        if (seen != Seen::kAll) mask(s, first + row, start, count, seen == Seen::kInside);
-        soften(sums, row, s, count);
+  // Keys and values [range) of one sample and head, from a whole panel on.
+  void pack(const float* k, const float* v, Range range) {
+    packed = range.begin / kLanes * kLanes;
+    const int64_t count = round_up(range.end - packed, kLanes);
+    keys.resize(count * p.width);
+    values.resize(count * padded);
+    for (int64_t panel = 0; panel < count; panel += kLanes) {
+      float* to = keys.data() + panel * p.width;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t key = packed + panel + lane;
+        const float* from = k + key * p.stride_k[2];
+        const bool there = key < p.tokens;
+        for (int64_t d = 0; d < p.width; ++d) to[d * kLanes + lane] = there ? from[d] : 0.0f;
+        const float* value = v + key * p.stride_v[2];
+        if (there) std::copy(value, value + p.width, values.data() + (panel + lane) * padded);
       }
-      weigh(sums, from, to - from, start + offset, count);
     }
   }
 
-  void product(int64_t from, int64_t rows, int64_t key, int64_t count) {
-    const int m = count, n = rows, depth = p.width, ldk = p.stride_k[2], ldq = p.stride_q[2], ld = count;
-    const float zero = 0.0f;
-    sgemm_("T", "N", &m, &n, &depth, &p.scale, k + key * p.stride_k[2], &ldk, q + from * p.stride_q[2], &ldq, &zero,
-           scores.data(), &ld);
+  // The strip of queries at `q`, of which there are `rows`.
+  void begin(const float* q, int64_t rows) {
+    for (int64_t row = 0; row < kStrip; ++row)
+      for (int64_t d = 0; d < p.width; ++d)
+        queries[row * p.width + d] = row < rows ? q[row * p.stride_q[2] + d] * p.scale * kLog2e : 0.0f;
+    inside.clear();
+    outside.clear();
   }
 
-  void weigh(Sums& sums, int64_t from, int64_t rows, int64_t key, int64_t count) {
-    const int m = p.width, n = rows, depth = count, ldv = p.stride_v[2], lds = count, ld = p.width;
-    const float one = 1.0f;
-    sgemm_("N", "N", &m, &n, &depth, &one, v + key * p.stride_v[2], &ldv, scores.data(), &lds, &one,
-           sums.values.data() + from * p.width, &ld);
-  }
-
-  void mask(float* s, int64_t query, int64_t start, int64_t count, bool keep_inside) const {
-    const int64_t low = std::clamp<int64_t>(query - p.window - start, 0, count);
-    const int64_t high = std::clamp<int64_t>(query + p.window + 1 - start, low, count);
-    if (keep_inside) {
-      std::fill(s, s + low, kNone);
-      std::fill(s + high, s + count, kNone);
-    } else {
-      std::fill(s + low, s + high, kNone);
+  // The strip takes in the keys of `range`; row r sees those from first + r - reach to first + r + reach and what is in
+  // `bounds`, and, if `both`, has the others among those that it does not see.
+  void take(Range range, int64_t first, int64_t reach, Range bounds, bool both) {
+    for (int64_t start = range.begin; start < range.end; start += kChunk) {
+      const Range chunk{start, std::min(start + kChunk, range.end)};
+      const int64_t origin = chunk.begin / kLanes * kLanes, panels = (chunk.end - origin + kLanes - 1) / kLanes;
+      const int64_t ld = panels * kLanes;
+      score(origin, panels, ld);
+      Range any{chunk.end, chunk.begin}, all{chunk.begin, chunk.end};
+      for (int64_t row = 0; row < kStrip; ++row) {
+        const int64_t low = std::clamp(std::max(first + row - reach, bounds.begin), chunk.begin, chunk.end);
+        const int64_t high = std::clamp(std::min(first + row + reach + 1, bounds.end), low, chunk.end);
+        float* s = near.data() + row * ld - origin;
+        if (both) {
+          float* t = far.data() + row * ld - origin;
+          soften_around(row, s, t, chunk, {low, high});
+          all = {std::max(all.begin, low), std::min(all.end, high)};
+        }
+        soften(inside, row, s + low, high - low);
+        std::fill(s + chunk.begin, s + low, 0.0f);
+        std::fill(s + high, s + chunk.end, 0.0f);
+        if (low < high) any = {std::min(any.begin, low), std::max(any.end, high)};
+      }
+      if (any.begin < any.end) add(inside, near.data() - origin, ld, any);
+      if (!both) continue;
+      if (all.begin >= all.end) all = {chunk.end, chunk.end};
+      add(outside, far.data() - origin, ld, {chunk.begin, all.begin});
+      add(outside, far.data() - origin, ld, {all.end, chunk.end});
     }
   }
 
-  // Scores of one query to exponentials, and what came before to the new maximum.
+  void score(int64_t origin, int64_t panels, int64_t ld) {
+    const float* k = keys.data() + (origin - packed) * p.width;
+    for (int64_t done = 0; done < panels;) {
+      done += by_count<kPanels>(std::min<int64_t>(panels - done, kPanels), [&](auto count) {
+        scores_of<count()>(queries.data(), k + done * kLanes * p.width, p.width, near.data() + done * kLanes, ld);
+      });
+    }
+  }
+
+  void add(Sums& sums, const float* e, int64_t ld, Range range) {
+    const int64_t count = range.end - range.begin;
+    if (count <= 0) return;
+    const float* v = values.data() + (range.begin - packed) * padded;
+    for (int64_t row = 0; row < kStrip; row += kRows) {
+      const float* from = e + row * ld + range.begin;
+      float* to = sums.values.data() + row * padded;
+      for (int64_t done = 0; done < padded / kLanes;) {
+        const int64_t left = padded / kLanes - done, at = done * kLanes;
+        done += by_count<kColumns + 1>(left <= kColumns + 1 ? left : kColumns, [&](auto columns) {
+          weigh<columns()>(from, ld, v + at, padded, count, to + at, padded);
+        });
+      }
+    }
+  }
+
+  // Scores of one query to exponentials.
   void soften(Sums& sums, int64_t row, float* s, int64_t count) const {
-    const float largest = std::max(sums.largest[row], largest_of(s, count));
-    if (largest == kNone) {
-      std::fill(s, s + count, 0.0f);
-      return;
-    }
+    if (count <= 0) return;
+    rise(sums, row, largest_of(s, count));
+    sums.total[row] += exponentials(s, s, count, sums.largest[row]);
+  }
+
+  // The same for the keys of a chunk before and after those that a row sees; `t` gets zeros there.
+  void soften_around(int64_t row, const float* s, float* t, Range chunk, Range seen) {
+    const int64_t before = seen.begin - chunk.begin, after = chunk.end - seen.end;
+    std::fill(t + seen.begin, t + seen.end, 0.0f);
+    if (before + after == 0) return;
+    rise(outside, row, std::max(largest_of(s + chunk.begin, before), largest_of(s + seen.end, after)));
+    const float largest = outside.largest[row];
+    outside.total[row] += exponentials(s + chunk.begin, t + chunk.begin, before, largest);
+    outside.total[row] += exponentials(s + seen.end, t + seen.end, after, largest);
+  }
+
+  static float exponentials(const float* s, float* e, int64_t count, float largest) {
     float total = 0.0f;
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < count; ++i) {
-      const float e = s[i] == kNone ? 0.0f : exp_of(s[i] - largest);
-      s[i] = e;
-      total += e;
+      e[i] = exp2_of(s[i] - largest);
+      total += e[i];
     }
-    if (sums.largest[row] != largest) {
-      const float shrink = sums.largest[row] == kNone ? 0.0f : exp_of(sums.largest[row] - largest);
-      float* values = sums.values.data() + row * p.width;
+    return total;
+  }
+
+  // What a row has summed up so far, to a maximum that may be larger.
+  void rise(Sums& sums, int64_t row, float largest) const {
+    if (!(largest > sums.largest[row])) return;
+    const float shrink = sums.largest[row] == kNone ? 0.0f : exp2_of(sums.largest[row] - largest);
+    float* values = sums.values.data() + row * padded;
 #pragma omp simd
-      for (int64_t d = 0; d < p.width; ++d) values[d] *= shrink;
-      sums.total[row] *= shrink;
-      sums.largest[row] = largest;
-    }
-    sums.total[row] += total;
+    for (int64_t d = 0; d < padded; ++d) values[d] *= shrink;
+    sums.total[row] *= shrink;
+    sums.largest[row] = largest;
   }
 
-  // Keys that a block of image queries sees: all text, and the band.
-  void see(int64_t rows) {
-    const int64_t text = p.lead + p.image;
-    take(inside, 0, rows, 0, p.lead, Seen::kAll);
-    take(inside, 0, rows, text, p.tokens, Seen::kAll);
-    const auto [low, high] = shared(rows);
-    take(inside, 0, rows, p.lead + low, p.lead + high, Seen::kAll);
-    for (int64_t from = 0; from < rows; from += p.strip) {
-      const int64_t to = std::min(from + p.strip, rows);
-      const int64_t begin = std::max<int64_t>(0, first + from - p.window);
-      const int64_t end = std::min(p.image, first + to + p.window);
-      take(inside, from, to, begin, std::min(low, end), Seen::kInside);
-      take(inside, from, to, std::max(high, begin), end, Seen::kInside);
+  // One row of results: window attention plus a residual; or full attention, and the residual.
+  void finish(int64_t row, float* out, const float* residual, float* missed) const {
+    const float* in = inside.values.data() + row * padded;
+    const float* rest = outside.values.data() + row * padded;
+    const float own = 1.0f / inside.total[row];
+    if (missed == nullptr) {
+#pragma omp simd
+      for (int64_t d = 0; d < p.width; ++d) out[d] = in[d] * own + (residual == nullptr ? 0.0f : residual[d]);
+      return;
     }
-  }
-
-  // Image keys that it does not see.
-  void miss(int64_t rows) {
-    const int64_t before = std::max<int64_t>(0, first - p.window);
-    const int64_t after = std::min(p.image, first + rows + p.window);
-    take(outside, 0, rows, p.lead, p.lead + before, Seen::kAll);
-    take(outside, 0, rows, p.lead + after, p.lead + p.image, Seen::kAll);
-    for (int64_t from = 0; from < rows; from += p.strip) {
-      const int64_t to = std::min(from + p.strip, rows);
-      const int64_t left = std::min(p.image, first + to - 1 - p.window);
-      const int64_t right = std::max({int64_t{0}, before, first + from + p.window + 1});
-      if (left < right) {
-        take(outside, from, to, before, left, Seen::kOutside);
-        take(outside, from, to, right, after, Seen::kOutside);
-      } else {  // a window narrower than a strip
-        take(outside, from, to, before, after, Seen::kOutside);
-      }
+    const float largest = std::max(inside.largest[row], outside.largest[row]);
+    const float a = std::exp2(inside.largest[row] - largest);
+    const float b = outside.largest[row] == kNone ? 0.0f : std::exp2(outside.largest[row] - largest);
+    const float total = 1.0f / (a * inside.total[row] + b * outside.total[row]);
+#pragma omp simd
+    for (int64_t d = 0; d < p.width; ++d) {
+      const float full = (a * in[d] + b * rest[d]) * total;
+      out[d] = full;
+      missed[d] = full - in[d] * own;
     }
-  }
-
-  // Image keys within the window of every query of the block; where there are none, an empty range.
-  std::pair<int64_t, int64_t> shared(int64_t rows) const {
-    const int64_t low = std::max<int64_t>(0, first + rows - 1 - p.window);
-    const int64_t high = std::min(p.image, first + p.window + 1);
-    return low < high ? std::make_pair(low, high) : std::make_pair(p.image, p.image);
   }
 };
 
-void begin(Worker& w, int64_t sample, int64_t head, int64_t query, int64_t rows) {
+// A strip of image queries sees all text and its band; the rest of the image it misses.
+void see(Worker& w, int64_t first, int64_t rows, bool both) {
   const Problem& p = w.p;
-  w.q = p.q + sample * p.stride_q[0] + head * p.stride_q[1] + query * p.stride_q[2];
-  w.k = p.k + sample * p.stride_k[0] + head * p.stride_k[1];
-  w.v = p.v + sample * p.stride_v[0] + head * p.stride_v[1];
-  w.inside.clear(p.width, rows);
-  w.outside.clear(p.width, rows);
-}
-
-// One row of results: window attention plus a residual; or full attention, and the residual.
-void finish(const Worker& w, int64_t row, float* out, const float* residual, float* missed) {
-  const int64_t width = w.p.width;
-  const float* in = w.inside.values.data() + row * width;
-  const float* rest = w.outside.values.data() + row * width;
-  const float own = 1.0f / w.inside.total[row];
-  if (missed == nullptr) {
-#pragma omp simd
-    for (int64_t d = 0; d < width; ++d) out[d] = in[d] * own + (residual == nullptr ? 0.0f : residual[d]);
-    return;
-  }
-  const float largest = std::max(w.inside.largest[row], w.outside.largest[row]);
-  const float a = std::exp(w.inside.largest[row] - largest);
-  const float b = w.outside.largest[row] == kNone ? 0.0f : std::exp(w.outside.largest[row] - largest);
-  const float total = 1.0f / (a * w.inside.total[row] + b * w.outside.total[row]);
-#pragma omp simd
-  for (int64_t d = 0; d < width; ++d) {
-    const float full = (a * in[d] + b * rest[d]) * total;
-    out[d] = full;
-    missed[d] = full - in[d] * own;
-  }
+  const Range image{p.lead, p.lead + p.image};
+  w.take({0, image.begin}, first, p.tokens, {0, image.begin}, false);
+  w.take({image.end, p.tokens}, first, p.tokens, {image.end, p.tokens}, false);
+  const Range band{std::max(image.begin, first - p.window), std::min(image.end, first + rows + p.window)};
+  w.take(both ? image : band, first, p.window, image, both);
 }
 
 }  // namespace
 
-// out [B, N, H, D]: window attention, plus `residual` [B, N, H, D] if there is one; or, with `missed` [B, N, H, D], full
-// attention, and in `missed` what the window misses of it.  `strides`: of q, k and v along B, H and N.
+// out [B, N, H, D]: window attention, plus `residual` [B, N, H, D] if there is one; or, with `missed` [B, N, H, D],
+// full attention, and in `missed` what the window misses of it.  `strides`: of q, k and v along B, H and N.
 extern "C" void difa_window(const float* q, const float* k, const float* v, const float* residual, float* out,
                             float* missed, const int64_t* sizes, const int64_t* strides, int64_t window, int64_t lead,
                             int64_t tail, float scale, int threads) {
-  // The window is worth a block: narrower ones make more of the ends, wider ones read the keys more often.
-  const int64_t block = std::clamp<int64_t>(window / 2, 64, 256), strip = block / 4;
-  Problem p{q,  k,      v,    sizes[1],                sizes[2], sizes[3], {}, {},
-            {}, window, lead, sizes[2] - lead - tail, scale,    block,    strip};
+  Problem p{q, k, v, sizes[1], sizes[2], sizes[3], {}, {}, {}, window, lead, sizes[2] - lead - tail, scale};
   for (int i = 0; i < 3; ++i) {
     p.stride_q[i] = strides[i];
     p.stride_k[i] = strides[3 + i];
     p.stride_v[i] = strides[6 + i];
   }
-  const int64_t blocks = (p.image + p.block - 1) / p.block, text = lead + tail;
-  const int64_t parts = blocks + (text + p.block - 1) / p.block;
+  // The more queries in a part, the fewer times keys are packed; several parts for each thread, so that none is last.
+  const int64_t sites = sizes[0] * p.heads, wanted = (4 * threads + sites - 1) / sites;
+  const int64_t rows = std::max<int64_t>(round_up((p.tokens + wanted - 1) / wanted, kStrip), 128);
+  const int64_t parts = (p.tokens + rows - 1) / rows;
+  const bool both = missed != nullptr;
 #pragma omp parallel num_threads(threads)
   {
     Worker w(p);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < sizes[0] * p.heads * parts; ++task) {
+    for (int64_t task = 0; task < sites * parts; ++task) {
       const int64_t part = task % parts, head = task / parts % p.heads, sample = task / parts / p.heads;
-      const bool words = part >= blocks;
-      const int64_t at = words ? (part - blocks) * p.block : part * p.block;
-      const int64_t rows = std::min(p.block, (words ? text : p.image) - at);
-      for (int64_t done = 0; done < rows;) {
-        // Text before and after the image is one sequence of queries here, cut where the image stands in between.
-        const int64_t where = at + done;
-        const int64_t count = words && where < lead ? std::min(rows - done, lead - where) : rows - done;
-        const int64_t query = !words ? lead + where : where < lead ? where : where + p.image;
-        begin(w, sample, head, query, count);
-        if (words) {
-          w.take(w.inside, 0, count, 0, p.tokens, Seen::kAll);
+      const Range mine{part * rows, std::min((part + 1) * rows, p.tokens)};
+      const float* heads_q = p.q + sample * p.stride_q[0] + head * p.stride_q[1];
+      const bool everything = both || lead + tail > 0;
+      const Range seen{everything ? 0 : std::max<int64_t>(0, mine.begin - window),
+                       everything ? p.tokens : std::min(p.tokens, mine.end + window)};
+      w.pack(p.k + sample * p.stride_k[0] + head * p.stride_k[1], p.v + sample * p.stride_v[0] + head * p.stride_v[1],
+             seen);
+      for (int64_t at = mine.begin; at < mine.end;) {
+        // A strip is of the image or of a text.
+        const int64_t stop = at < lead ? lead : at < lead + p.image ? lead + p.image : p.tokens;
+        const int64_t count = std::min({mine.end - at, stop - at, int64_t{kStrip}});
+        w.begin(heads_q + at * p.stride_q[2], count);
+        if (at >= lead && at < lead + p.image) {
+          see(w, at, count, both);
         } else {
-          w.first = where;
-          w.see(count);
-          if (missed != nullptr) w.miss(count);
+          w.take({0, p.tokens}, at, p.tokens, {0, p.tokens}, false);
         }
         for (int64_t row = 0; row < count; ++row) {
-          const int64_t place = ((sample * p.tokens + query + row) * p.heads + head) * p.width;
-          finish(w, row, out + place, residual == nullptr ? nullptr : residual + place,
-                 missed == nullptr ? nullptr : missed + place);
+          const int64_t place = ((sample * p.tokens + at + row) * p.heads + head) * p.width;
+          w.finish(row, out + place, residual == nullptr ? nullptr : residual + place,
+                   missed == nullptr ? nullptr : missed + place);
         }
-        done += count;
+        at += count;
       }
     }
   }
