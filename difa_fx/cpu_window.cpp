@@ -1,8 +1,8 @@
 // Attention within a window on CPU, float32: one pass over the keys that a strip of queries sees.
 //
-// A strip is a few queries, whose scores with all keys that any of them sees are one product: it is so short that hardly
-// anything is computed to be masked.  Keys are packed before, so that the product reads them in order; both products
-// keep their results in registers.  Softmax is online (running maximum and sum) over chunks of keys; attention
+// A strip is a few queries, whose scores with all keys that any of them sees are one product: it is so short that
+// hardly anything is computed to be masked.  Keys are packed before, so that the product reads them in order; both
+// products keep their results in registers.  Softmax is online (running maximum and sum) over chunks of keys; attention
 // outside the window has accumulators of its own, and full attention is the merge of both, so a step that refreshes the
 // residual computes each score once.
 //
