@@ -5,37 +5,37 @@
 Every kernel that serves this device takes turns with ``scaled_dot_product_attention``.  A window is an eighth of the
 tokens to either side, and its residual is added; ``refresh`` is full attention together with a new residual.  The
 ideal is the share of (query, key) pairs in the window.  Kernels that are graphs (flex) are compiled by Inductor first.
-Writes ``.json`` and ``.md``.
+On CUDA each is a CUDA graph of some runs, so that launches do not count.
+
+The ceiling is what a large matrix product reaches on the same device in the same process, and the rate of a kernel
+counts the operations of the pairs in the window alone.  ``error`` is the relative L1 distance of a window step with a
+fresh residual to full attention.  A kernel that fails is named with the reason.  Writes ``.json`` and ``.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from difa_fx._torch import begin_lowering, fake_inputs, new_fake_mode, trace_aten
-from difa_fx.attention import (
-    WINDOW_KERNELS,
-    choose_kernel,
-    refresh_tensors,
-    refreshed_attention,
-    refreshes_at_once,
-    window_attention,
-    window_residual,
-    window_tensors,
-)
+from difa_fx.attention import WINDOW_KERNELS
 from difa_fx.bench.hardware import hardware
+from difa_fx.bench.sampling import relative_l1
 from difa_fx.bench.timing import Contender, interleaved, ratios
 from difa_fx.cost import window_pairs
-from difa_fx.errors import OptionError
+from difa_fx.device_time import recorded
+from difa_fx.kernel_race import possible_kernels, step_of
+from difa_fx.profile import timed
+
+LONG_ENOUGH = 2e-3
+"""Seconds that a timed CUDA graph takes at least, about."""
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -51,106 +51,128 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--kernels", nargs="+", choices=WINDOW_KERNELS[1:], default=WINDOW_KERNELS[1:])
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args(argv)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    settings = {name: value for name, value in vars(options).items() if name != "output"}
     with torch.no_grad():
+        record = {"hardware": hardware(), "settings": settings, "ceilings": _ceilings(options)}
         for tokens in options.tokens:
             for width in options.head_dims:
-                rows += _measure(tokens, width, options)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    record = {"hardware": hardware(), "settings": settings, "rows": rows}
-    options.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    text = _table(rows, record["hardware"], options)
-    options.output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+                rows += _measure(tokens, width, options, record["ceilings"], failed)
+                _write(record | {"rows": rows, "failed": failed}, options)
+    print(_table(record | {"rows": rows, "failed": failed}, options))
     return rows
 
 
-def _measure(tokens: int, width: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _ceilings(options: argparse.Namespace) -> dict[str, float]:
+    """Operations a second of a large matrix product, and bytes a second, read and written, of a copy."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    side = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = interleaved(
+        [Contender("product", lambda: left @ right), Contender("copy", lambda: target.copy_(source))],
+        rounds=10,
+        warmup=3,
+        cuda=device.type == "cuda",
+    )
+    return {
+        "flops_per_second": 2 * side**3 / min(seconds["product"]),
+        "bytes_per_second": 2 * source.numel() / min(seconds["copy"]),
+    }
+
+
+def _measure(
+    tokens: int, width: int, options: argparse.Namespace, ceilings: dict[str, float], failed: dict[str, str]
+) -> list[dict[str, Any]]:
     dtype, device = getattr(torch, options.dtype), torch.device(options.device)
     shape = (options.batch, tokens, options.heads, width)
-    q, k, v, residual = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = (torch.randn(shape, dtype=dtype, device=device).transpose(1, 2) for _ in range(3))
     window = max(tokens // 8, 1)
+    pairs = {"full": tokens**2}
     steps: dict[str, Callable[[], Any]] = {"full": lambda: scaled_dot_product_attention(q, k, v)}
-    for kernel in options.kernels:
-        steps |= _steps(kernel, q, k, v, residual, window)
-    seconds = interleaved(
-        [Contender(name, step) for name, step in steps.items()],
-        rounds=options.rounds,
-        warmup=2,
-        cuda=device.type == "cuda",
-        title=f"{tokens} tokens, width {width}",
-        progress=True,
-    )
-    full = statistics.median(seconds["full"])
-    flops = 4 * options.batch * options.heads * tokens**2 * width
-    common = {"tokens": tokens, "head_dim": width, "window": window, "ideal": window_pairs(tokens, window) / tokens**2}
-    common |= {"full_seconds": full, "full_flops_per_second": flops / full}
+    errors: dict[str, float | None] = {}
+    site: dict[str, Any] = {"grid": (tokens,), "size": (window,), "text": (0, 0)}
+    for name in possible_kernels(like=torch.empty(0, dtype=dtype, device=device), **site):
+        if name not in options.kernels:
+            continue
+        try:
+            refresh = step_of(name, (q, k, v, q), refresh=True, **site)
+            near = step_of(name, (q, k, v, refresh()[1]), refresh=False, **site)
+            errors[name] = relative_l1(near()[0], steps["full"]())
+        except Exception as error:  # noqa: BLE001  one kernel's failure must not cost the others' numbers
+            failed[f"{name}, {tokens} tokens, width {width}"] = f"{type(error).__name__}: {error}"[:2000]
+            continue
+        steps |= {name: near, f"{name}, refresh": refresh}
+        pairs |= {name: window_pairs(tokens, window), f"{name}, refresh": tokens**2}
+    seconds = _seconds(steps, device.type == "cuda", options, f"{tokens} tokens, width {width}")
     rows = []
-    for name in list(steps)[1:]:
-        found = ratios(seconds[name], seconds["full"])
+    for name, found in seconds.items():
+        ratio, median = ratios(found, seconds["full"]), statistics.median(found)
+        rate = 4 * options.batch * options.heads * pairs[name] * width / median
         rows.append(
-            {"step": name, **common, "ratio": statistics.median(found), "least": min(found), "largest": max(found)}
+            {
+                "step": name,
+                "tokens": tokens,
+                "head_dim": width,
+                "window": window,
+                "ideal": pairs[name] / tokens**2,
+                "seconds": median,
+                "ratio": statistics.median(ratio),
+                "least": min(ratio),
+                "largest": max(ratio),
+                "flops_per_second": rate,
+                "share_of_ceiling": rate / ceilings["flops_per_second"],
+                "error": errors.get(name),
+            }
         )
     return rows
 
 
-def _steps(kernel: str, q: Tensor, k: Tensor, v: Tensor, residual: Tensor, window: int) -> dict[str, Callable[[], Any]]:
-    """A window step and a refreshing step by ``kernel``; nothing where it cannot run."""
-    shape: dict[str, Any] = {"grid": (q.shape[2],), "size": (window,), "text": (0, 0)}
-    like = torch.empty(0, dtype=q.dtype, device=q.device)
-    try:
-        if choose_kernel(kernel, like=like, masked=False, **shape) != kernel:
-            return {}
-    except OptionError:
-        return {}
-    tensors = window_tensors(kernel, like=like, **shape)  # type: ignore[arg-type]
-    settings: dict[str, Any] = shape | {"kernel": kernel}
-
-    def near(q: Tensor, k: Tensor, v: Tensor, residual: Tensor) -> Tensor:
-        return window_attention(q, k, v, None, *tensors, residual_BNHD=residual, **settings)
-
-    def twice(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        full = scaled_dot_product_attention(q, k, v)
-        return full, window_residual(full, q, k, v, None, *tensors, **settings)
-
-    def at_once(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        lists = refresh_tensors(kernel, like=like, **shape)  # type: ignore[arg-type]
-        return refreshed_attention(q, k, v, *lists, **settings)
-
-    refresh = at_once if refreshes_at_once(kernel, like=like) else twice  # type: ignore[arg-type]
-    if kernel == "flex":
-        return {"flex": _compiled(near, q, k, v, residual), "flex, refresh": _compiled(refresh, q, k, v)}
-    return {kernel: lambda: near(q, k, v, residual), f"{kernel}, refresh": lambda: refresh(q, k, v)}
+def _seconds(
+    steps: dict[str, Callable[[], Any]], cuda: bool, options: argparse.Namespace, title: str
+) -> dict[str, list[float]]:
+    """Seconds of one run of each step, a number a round."""
+    times = 1
+    if cuda:
+        steps["full"]()
+        times = min(20, math.ceil(LONG_ENOUGH / timed(steps["full"], cuda)))
+    found = interleaved(
+        [Contender(name, recorded(step, times=times) if cuda else step) for name, step in steps.items()],
+        rounds=options.rounds,
+        warmup=2,
+        cuda=cuda,
+        title=title,
+        progress=True,
+    )
+    return {name: [value / times for value in values] for name, values in found.items()}
 
 
-def _compiled(step: Callable[..., Any], *inputs: Tensor) -> Callable[[], Any]:
-    """``step`` as Inductor compiles it in a piece."""
-    fakes = fake_inputs(inputs, new_fake_mode())
-
-    class Step(torch.nn.Module):
-        def forward(self, *values: Tensor) -> Any:
-            out = step(*values)
-            return out if isinstance(out, tuple) else (out,)
-
-    graph = trace_aten(Step(), fakes)  # type: ignore[arg-type]
-    run = begin_lowering(graph, fakes, {"epilogue_fusion": inputs[0].is_cuda})()
-    return lambda: run(list(inputs))
+def _write(record: dict[str, Any], options: argparse.Namespace) -> None:
+    options.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    options.output.with_suffix(".md").write_text(_table(record, options), encoding="utf-8")
 
 
-def _table(rows: Sequence[dict[str, Any]], machine: dict[str, Any], options: argparse.Namespace) -> str:
+def _table(record: dict[str, Any], options: argparse.Namespace) -> str:
+    machine, ceilings = record["hardware"], record["ceilings"]
     device = machine["gpu"] if options.device.startswith("cuda") else f"{machine['cpu']}, {machine['threads']} threads"
     title = f"{device}, torch {machine['torch']}, {options.dtype}, batch {options.batch}, {options.heads} heads."
     told = "Time over that of full attention: median (least - largest) of rounds in which all took turns."
-    head = "| tokens | head width | window | step | ideal | time / full | full, GFLOP/s |"
-    lines = [f"{title} {told}", "", head, "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        ideal = 1.0 if row["step"].endswith("refresh") else row["ideal"]
+    most = (
+        f"Ceiling: a large matrix product runs at {ceilings['flops_per_second'] / 1e12:.4g} TFLOP/s, a copy at "
+        f"{ceilings['bytes_per_second'] / 1e9:.4g} GB/s."
+    )
+    head = "| tokens | head width | window | step | ideal | time / full | ms | TFLOP/s | of the ceiling | error |"
+    lines = [f"{title} {told} {most}", "", head, "|" + "---|" * head.count(" |")]
+    for row in record["rows"]:
         measured = f"{row['ratio']:.3f} ({row['least']:.3f} - {row['largest']:.3f})"
         size = f"{row['tokens']} | {row['head_dim']} | {row['window']}"
-        lines.append(
-            f"| {size} | {row['step']} | {ideal:.3f} | {measured} | {row['full_flops_per_second'] / 1e9:.0f} |"
-        )
+        rate = f"{row['flops_per_second'] / 1e12:.3g} | {row['share_of_ceiling']:.0%}"
+        error = "" if row["error"] is None else f"{row['error']:.1g}"
+        told = f"{row['ideal']:.3f} | {measured} | {1000 * row['seconds']:.4g} | {rate} | {error}"
+        lines.append(f"| {size} | {row['step']} | {told} |")
+    lines += [""] * bool(record["failed"]) + [f"- {name} failed: {why}" for name, why in record["failed"].items()]
     return "\n".join(lines) + "\n"
 
 

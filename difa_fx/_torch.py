@@ -14,6 +14,7 @@ import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_forward, create_compiler_config_extra
 from torch._inductor.cpu_vec_isa import pick_vec_isa, supported_vec_isa_list, x86_isa_checker
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -53,6 +55,7 @@ __all__ = [
     "begin_lowering",
     "breaks_graph",
     "build_cpp",
+    "cache_folder",
     "compile_inductor",
     "copy_all",
     "cpu_codegen",
@@ -385,6 +388,11 @@ def _flex(
         q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
     out, log_sum, *_ = flex_attention_hop(q, k, v, _identity, block_mask.as_tuple(), scale, dict(options))
     return out, log_sum
+
+
+def cache_folder() -> Path:
+    """Where Inductor keeps what it compiled.  Wraps ``cache_dir``."""
+    return Path(cache_dir())
 
 
 def build_cpp(source: str) -> ctypes.CDLL:

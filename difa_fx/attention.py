@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from difa_fx import cpu_window, cuda_window
 from difa_fx._torch import flex_band, flex_with_lse
 from difa_fx.banded import band_attention, band_residual, tile_bias
 from difa_fx.block_masks import block_lists, block_mask
-from difa_fx.cpu_window import build_in_background, cpu_refresh, cpu_window, fits, serves
 from difa_fx.errors import OptionError
+from difa_fx.window_ops import near_refresh, near_window
 
-WindowKernel = Literal["cpp", "flex", "flash", "sdpa"]
-WINDOW_KERNELS: Final = ("auto", "cpp", "flex", "flash", "sdpa")
+WindowKernel = Literal["cpp", "triton", "flex", "flash", "sdpa"]
+WINDOW_KERNELS: Final = ("auto", "cpp", "triton", "flex", "flash", "sdpa")
+OWN_KERNELS: Final = {"cpp": cpu_window, "triton": cuda_window}
+"""Where the implementations of :mod:`difa_fx.window_ops` are."""
 
 
 def window_attention(
@@ -56,8 +59,8 @@ def window_attention(
     Returns:
         [B, H, N, D], in the layout scaled_dot_product_attention gives.
     """
-    if kernel == "cpp":
-        out_BNHD = cpu_window(q_BHND, k_BHND, v_BHND, residual_BNHD, size[0], list(text), scale)
+    if kernel in OWN_KERNELS:
+        out_BNHD = near_window(q_BHND, k_BHND, v_BHND, residual_BNHD, size[0], list(text), scale)
         return cast(Tensor, out_BNHD.transpose(1, 2))
     if kernel == "sdpa" and constants:
         settings = (list(grid), list(size), list(text), scale)
@@ -109,8 +112,8 @@ def refreshed_attention(
         constants: what :func:`refresh_tensors` made for this kernel and window.
         kernel: one that :func:`refreshes_at_once`.
     """
-    if kernel == "cpp":
-        full_BNHD, missed_BNHD = cpu_refresh(q_BHND, k_BHND, v_BHND, size[0], list(text), scale)
+    if kernel in OWN_KERNELS:
+        full_BNHD, missed_BNHD = near_refresh(q_BHND, k_BHND, v_BHND, size[0], list(text), scale)
         return full_BNHD.transpose(1, 2), missed_BNHD
     inside, outside = (block_mask(grid, size, text, constants[i : i + 4], outside=bool(i)) for i in (0, 4))
     window_BHND, lse_BHN = flex_with_lse(q_BHND, k_BHND, v_BHND, inside, scale)
@@ -122,14 +125,14 @@ def refreshed_attention(
 
 def refreshes_at_once(kernel: WindowKernel, *, like: Tensor) -> bool:
     """Whether :func:`refreshed_attention` can stand for full attention and :func:`window_residual`."""
-    return kernel == "cpp" or (kernel == "flex" and like.device.type != "cpu")  # whose C++ template keeps no sums
+    return kernel in OWN_KERNELS or (kernel == "flex" and like.device.type != "cpu")  # whose C++ template keeps no sums
 
 
 def refresh_tensors(
     kernel: WindowKernel, *, grid: tuple[int, ...], size: tuple[int, ...], text: tuple[int, int], like: Tensor
 ) -> tuple[Tensor, ...]:
     """The constants that :func:`refreshed_attention` reads."""
-    if kernel == "cpp":
+    if kernel in OWN_KERNELS:
         return ()
     return tuple(t for outside in (False, True) for t in block_lists(grid, size, text, like.device, outside=outside))
 
@@ -166,7 +169,7 @@ def window_tensors(
     For ``sdpa`` the additive bias of one tile, for ``flex`` four lists of block indices: never anything of size
     N x N.
     """
-    if covers(grid, size) or kernel in ("cpp", "flash"):
+    if covers(grid, size) or kernel in (*OWN_KERNELS, "flash"):
         return ()
     if kernel == "flex":
         return block_lists(grid, size, text, like.device)
@@ -175,8 +178,8 @@ def window_tensors(
 
 def prepare(like: Tensor, tokens: int) -> None:
     """Begin, in the background, to build what windows over so many tokens will probably run on."""
-    if fits(like, (tokens,)) and _worth_a_kernel(tokens):
-        build_in_background()
+    if cpu_window.fits(like, (tokens,)) and _worth_a_kernel(tokens):
+        cpu_window.build_in_background()
 
 
 def _worth_a_kernel(tokens: int) -> bool:
@@ -194,9 +197,7 @@ def choose_kernel(
 ) -> WindowKernel:
     """The kernel for a site, given the ``window_kernel`` option.
 
-    On CPU our own kernel is the default, and where it cannot serve the tiled form: both were measured faster than
-    flex's C++ template at 1 024 and 4 096 tokens, and cost nothing to compile.  A model's own mask is honoured by the
-    tiled form alone.
+    A model's own mask is honoured by the tiled form alone, which is also what a window over everything takes.
 
     Raises:
         OptionError: a kernel was asked for where it cannot run, or for a window that it does not have.
@@ -213,19 +214,29 @@ def choose_kernel(
         )
     if masked or covers(grid, size):
         return "sdpa"
-    own = requested == "cpp" or (requested == "auto" and _worth_a_kernel(math.prod(grid)))
-    own = own and serves(like, grid)
-    if requested == "cpp" and not own:
+    if requested == "auto":
+        return _default(like, grid)
+    own = OWN_KERNELS.get(requested)
+    if own is not None and not own.serves(like, grid):
         raise OptionError(
-            "the kernel for CPUs cannot run here",
+            f"our own kernel {requested!r} cannot run here",
             where="options['window_kernel']",
-            got=f"'cpp' for {like.dtype} on {like.device.type}, over {len(grid)} axes",
-            allowed="float32 on cpu, a window along one axis, and a C++ compiler",
+            got=f"{requested!r} for {like.dtype} on {like.device.type}, over {len(grid)} axes",
+            allowed=f"a window along one axis, {own.SERVED}",
             todo="leave window_kernel at 'auto'",
         )
-    if requested == "auto":
-        return "cpp" if own else "flex" if like.device.type == "cuda" else "sdpa"
     return cast(WindowKernel, requested)
+
+
+def _default(like: Tensor, grid: tuple[int, ...]) -> WindowKernel:
+    """What ``auto`` stands for.
+
+    Our own kernel, and where it cannot serve, flex on CUDA and the tiled form elsewhere.  On CPU both were measured
+    faster than flex's C++ template at 1 024 and 4 096 tokens, and cost nothing to compile.
+    """
+    if like.device.type == "cuda":
+        return "triton" if cuda_window.serves(like, grid) else "flex"
+    return "cpp" if _worth_a_kernel(math.prod(grid)) and cpu_window.serves(like, grid) else "sdpa"
 
 
 def _flash_band(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:

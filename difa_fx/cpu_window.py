@@ -1,8 +1,6 @@
 """Window attention on CPU by a kernel of our own, ``cpu_window.cpp``: in float32, along one axis, with text or without.
 
-A window step reads the keys that its queries see and nothing else, and adds the residual on the way out; a step that
-refreshes the residual computes attention inside and outside the window side by side, and full attention is the merge
-of the two.  The source is built by the C++ compiler that Inductor uses, and kept in Inductor's cache.
+The source is built by the C++ compiler that Inductor uses, and kept in Inductor's cache.
 
 Letters: B batch, H heads, N tokens, D head width.
 """
@@ -15,28 +13,21 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from difa_fx._torch import build_cpp
 from difa_fx.banded import like_attention
+from difa_fx.window_ops import implement
 
 _SOURCE: Final = Path(__file__).with_name("cpu_window.cpp")
 _POINTER: Final = ctypes.c_void_p
 _SIZE: Final = ctypes.c_int64
 
-_library: Any = torch.library.Library("difa", "FRAGMENT")  # type: ignore[no-untyped-call]
-_BAND = "int window, int[] text, float? scale"
-_library.define(f"cpu_window(Tensor q, Tensor k, Tensor v, Tensor? residual, {_BAND}) -> Tensor")
-_library.define(f"cpu_refresh(Tensor q, Tensor k, Tensor v, {_BAND}) -> (Tensor, Tensor)")
-
-cpu_window = torch.ops.difa.cpu_window.default
-"""Attention within the window, plus ``residual`` if there is one, [B, N, H, D]; q, k and v are [B, H, N, D]."""
-
-cpu_refresh = torch.ops.difa.cpu_refresh.default
-"""Full attention, and full minus attention within the window, both [B, N, H, D]."""
+SERVED: Final = "float32 on cpu, and a C++ compiler"
+"""What the kernel is for, to people."""
 
 
 def fits(like: Tensor, grid: Sequence[int]) -> bool:
@@ -70,7 +61,7 @@ def _kernel() -> Callable[..., None] | None:
     return kernel
 
 
-def _run(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -80,7 +71,8 @@ def _run(
     scale: float | None,
     *,
     refresh: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, ...]:
+    """The two operators, see :class:`difa_fx.window_ops.Attend`."""
     kernel = _kernel()
     assert kernel is not None
     batch, heads, tokens, width = q.shape
@@ -96,30 +88,7 @@ def _run(
         width**-0.5 if scale is None else scale,
         torch.get_num_threads(),
     )
-    return out, missed[0] if missed else None
+    return (out, *missed)
 
 
-def _cpu_window(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    residual: Tensor | None,
-    window: int,
-    text: Sequence[int],
-    scale: float | None,
-) -> Tensor:
-    return _run(q, k, v, residual, window, text, scale, refresh=False)[0]
-
-
-def _cpu_refresh(
-    q: Tensor, k: Tensor, v: Tensor, window: int, text: Sequence[int], scale: float | None
-) -> tuple[Tensor, Tensor]:
-    full, missed = _run(q, k, v, None, window, text, scale, refresh=True)
-    assert missed is not None
-    return full, missed
-
-
-_library.impl("cpu_window", _cpu_window, "CPU")
-_library.impl("cpu_refresh", _cpu_refresh, "CPU")
-torch.library.register_fake("difa::cpu_window", lambda q, *rest: like_attention(q), lib=_library)
-torch.library.register_fake("difa::cpu_refresh", lambda q, *rest: (like_attention(q), like_attention(q)), lib=_library)
+implement("CPU", attend)

@@ -117,6 +117,19 @@ class Recorded:
     shareable: bool
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Launched:
+    """A call that was begun before it was known to be the next.
+
+    Attributes:
+        recorded: its graph.
+        outputs: the caller's.
+    """
+
+    recorded: Recorded
+    outputs: tuple[Any, ...]
+
+
 class _Phase(enum.Enum):
     PIECES = enum.auto()
     RECORD = enum.auto()
@@ -179,9 +192,31 @@ class StepGraphs:
                 self._adopted[key] = _place_like(value)
             state[key] = self._adopted[key].copy_(value)
 
-    def run(self, call: int, args: Sequence[Any], state: State) -> tuple[Any, ...]:
-        """One call; ``state`` is changed.  The outputs are the caller's to keep."""
+    def launch(self, call: int, args: Sequence[Any]) -> Launched | None:
+        """Begin ``call``, if its graph is there, before it is known to be the next; to be given to :meth:`run`.
+
+        Where it is not, what the graph has overwritten is of use to no one: another call cannot follow in this
+        generation, and the first of a new one reads no state.
+        """
+        recorded = self._recorded.get(call)
+        if self._phase is not _Phase.REPLAY or recorded is None or not self._at_home(args):
+            return None
+        self._fill(args)
+        return Launched(recorded, _replayed(recorded))
+
+    def run(self, call: int, args: Sequence[Any], state: State, ahead: Launched | None = None) -> tuple[Any, ...]:
+        """One call; ``state`` is changed.  The outputs are the caller's to keep.
+
+        Args:
+            call: its number.
+            args: the graph's inputs.
+            state: what is held.
+            ahead: what was begun already, perhaps of another call.
+        """
         self._reached = max(self._reached, call + 1)
+        if ahead is not None and ahead.recorded is self._recorded.get(call):
+            _hold(state, ahead.recorded)
+            return ahead.outputs
         if self._phase is not _Phase.PIECES and not self._at_home(args):
             for key, value in state.items():
                 state[key] = value.clone()
@@ -201,11 +236,10 @@ class StepGraphs:
                 self._forget()
                 raise
         self._recorded[call] = recorded
-        recorded.replay()
+        outputs = _replayed(recorded)
         if not fresh:
-            state.clear()
-            state.update(recorded.state)
-        return tuple(value.clone() if isinstance(value, Tensor) else value for value in recorded.outputs)
+            _hold(state, recorded)
+        return outputs
 
     def _record(self, call: int, args: Sequence[Any], state: State) -> Recorded:
         """Record ``call``; ``state`` owns what it holds, so that nothing recorded while it lives takes its place."""
@@ -265,6 +299,16 @@ class StepGraphs:
         self._recorded.clear()
         self._recorder = None
         self._phase = _Phase.PIECES
+
+
+def _replayed(recorded: Recorded) -> tuple[Any, ...]:
+    recorded.replay()
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in recorded.outputs)
+
+
+def _hold(state: State, recorded: Recorded) -> None:
+    state.clear()
+    state.update(recorded.state)
 
 
 GraphMaker = Callable[[ProgramBuilder, Sequence[Program], Schedule], StepGraphs]

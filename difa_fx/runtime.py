@@ -20,7 +20,7 @@ from difa_fx.attention import cfg_half
 from difa_fx.clock import Clock
 from difa_fx.compile import PieceCompiler
 from difa_fx.cost import SiteShape
-from difa_fx.cuda_graphs import GraphMaker, StepGraphs
+from difa_fx.cuda_graphs import GraphMaker, Launched, StepGraphs
 from difa_fx.errors import CFGError, ClockError, DifaError
 from difa_fx.passes.find_attention import Attention
 from difa_fx.passes.graph_tools import placeholders
@@ -29,6 +29,7 @@ from difa_fx.passes.rewrite import residual_axis
 from difa_fx.passes.sites import AttentionSite
 from difa_fx.program import Program, ProgramBuilder, State, StateKey, output_number
 from difa_fx.schedule import FULL, Schedule, SiteStep
+from difa_fx.timestep import TimestepReader
 
 
 @dataclass(slots=True)
@@ -154,6 +155,7 @@ class Runner:
         self._kinds = {site.path: _kinds(site) for site in attention.sites}
         self._builder = ProgramBuilder(graph, partition, compiler)
         self._sessions: dict[int, tuple[weakref.ref[Any] | None, Session]] = {}
+        self._timestep = TimestepReader(attention.inputs)
         self._rounding = _rounding(graph, attention.inputs.timestep)
         self._halves = schedule.calls_per_step == 1 and any(
             e.action.method.shares_cfg for row in schedule.rows for e in row
@@ -166,8 +168,10 @@ class Runner:
         """One call of the denoiser with the graph's inputs; gives the graph's outputs."""
         self.calls += 1
         session = self._session(args)
+        reading = self._timestep.begin(args)
+        ahead = self._launch_ahead(session, args)
         try:
-            call = self._tick(session, args)
+            call = self._tick(session, reading())
             self._begin(session, call, args)
         except (ClockError, CFGError) as error:
             session.abandon()
@@ -175,7 +179,7 @@ class Runner:
                 raise
             return self._run_full(args, error)
         try:
-            return self._run(call, args, session)
+            return self._run(call, args, session, ahead)
         except BaseException:
             session.abandon()
             raise
@@ -235,13 +239,20 @@ class Runner:
         found = self._sessions.get(id(owner))
         return None if found is None or (found[0] is not None and found[0]() is not owner) else found[1]
 
-    def _tick(self, session: Session, args: Sequence[Any]) -> int:
-        """The number of this call in its generation.
+    def _launch_ahead(self, session: Session, args: Sequence[Any]) -> Launched | None:
+        """Begin the call that comes next if the generation goes on, while its timestep is on the way to the host."""
+        position = session.clock.position
+        if session.graphs is None or self._company.broken or position < 0 or not session.ran(position):
+            return None
+        return session.graphs.launch(position + 1, args)
+
+    def _tick(self, session: Session, timestep: float | None) -> int:
+        """The number of this call, which was shown ``timestep``, in its generation.
 
         Where Dynamo broke the denoiser into several graphs, the one that reads the timestep moves the clock and the
         others follow.
         """
-        clock, timestep = session.clock, self.attention.inputs.time(args)
+        clock = session.clock
         if not self._company.broken:
             return clock.tick(timestep, tolerance=self._rounding)
         if timestep is not None and (timestep != clock.timestep or session.ran(clock.position)):
@@ -330,11 +341,11 @@ class Runner:
                 todo="turn classifier-free guidance on, or use a plan without '+cfg' methods",
             )
 
-    def _run(self, call: int, args: Sequence[Any], session: Session) -> tuple[Any, ...]:
+    def _run(self, call: int, args: Sequence[Any], session: Session, ahead: Launched | None) -> tuple[Any, ...]:
         if session.graphs is None:
             outputs = self._builder.run_program(self.programs[call], args, session.state)
         else:
-            outputs = session.graphs.run(call, args, session.state)
+            outputs = session.graphs.run(call, args, session.state, ahead)
         session.peak_bytes = max(session.peak_bytes, session.state_bytes)
         return outputs
 

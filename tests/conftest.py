@@ -27,6 +27,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if "thorough" not in item.keywords]
 
 
+def pytest_configure() -> None:
+    """Where the checkout is not installed, torch does not know the backend by its name."""
+    if "difa" not in torch._dynamo.list_backends(exclude_tags=()):
+        from difa_fx.backend import difa
+
+        torch._dynamo.register_backend(difa, name="difa")
+
+
 def pytest_collection_finish() -> None:
     """What the imports left stays to the end: no later collection has to look through it."""
     import diffusers  # noqa: F401

@@ -29,9 +29,9 @@ class Watched(StepGraphs):
 
     held: dict[Any, Tensor]
 
-    def run(self, call: int, args: Any, state: Any) -> tuple[Any, ...]:
+    def run(self, call: int, args: Any, state: Any, ahead: Any = None) -> tuple[Any, ...]:
         self.held = state
-        return super().run(call, args, state)
+        return super().run(call, args, state, ahead)
 
 
 @dataclass(slots=True)
@@ -214,6 +214,36 @@ def test_inputs_that_repeat_themselves_in_memory_and_inference_mode(place: Place
         with torch.inference_mode(generation < 3), torch.no_grad():
             got = run(model, calls)
         agree(got, found, plan, calls)
+
+
+def test_a_call_is_begun_before_its_timestep_is_known_and_is_right_when_it_was_not_the_next(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = place.case(dit())
+    plan = make_plan(found, ROWS, window=5)
+    model = recording(found, plan)
+    for _ in range(2):
+        run(model, found.generation(plan.steps))
+    graphs = graphs_of(model)
+    launched: list[int] = []
+    launch = graphs.launch
+
+    def noted(call: int, args: Any) -> Any:
+        launched.append(call)
+        return launch(call, args)
+
+    monkeypatch.setattr(type(graphs), "launch", lambda _, call, args: noted(call, args))
+    calls = found.generation(plan.steps, seed=3)
+    agree([tensor_of(model(*args, **kwargs)) for args, kwargs in calls[:4]], found, plan, calls[:4])
+    assert launched == [10, 1, 2, 3]  # after a whole generation nobody knows whether it goes on
+    calls = found.generation(plan.steps, seed=4)
+    agree([tensor_of(model(*args, **kwargs)) for args, kwargs in calls], found, plan, calls)
+    assert launched[4:] == [4, *range(1, 10)]
+    model(*calls[0][0], **calls[0][1])
+    with pytest.raises(ClockError):
+        model(*calls[5][0], **calls[5][1])
+    calls = found.generation(plan.steps, seed=5)
+    agree([tensor_of(model(*args, **kwargs)) for args, kwargs in calls], found, plan, calls)
 
 
 def test_outputs_are_the_callers(place: Place) -> None:

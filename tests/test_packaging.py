@@ -22,13 +22,16 @@ LAYERS = (
     ("plan",),
     ("findings",),
     ("_torch",),
-    ("banded", "block_masks", "cpu_window"),
+    ("banded", "block_masks", "device_time"),
+    ("window_ops", "cuda_kernels"),
+    ("cpu_window", "cuda_window"),
     ("cost", "attention"),
+    ("kernel_race",),
     ("schedule",),
     ("passes",),
     ("inspection", "compile"),
     ("program",),
-    ("clock", "runtime"),
+    ("clock", "cuda_graphs", "timestep", "runtime"),
     ("options",),
     ("registry",),
     ("backend", "session"),
@@ -123,6 +126,7 @@ def test_heavy_packages_have_one_home(module):
     assert "passes" not in roots
     assert "matplotlib" not in roots or layer(module) == "report" or module == "difa_fx.bench.plots"
     assert "diffusers" not in roots or layer(module) in {"pipelines", "cli", "bench"}
+    assert "triton" not in roots or layer(module) in {"cuda_kernels", "cuda_window"}
     if LEVEL[layer(module)] <= LEVEL["plan"]:
         assert "torch" not in roots
 
@@ -149,7 +153,7 @@ def test_the_package_is_installed(tmp_path):
 
 
 def test_import_is_light(tmp_path):
-    heavy = "{'diffusers', 'matplotlib', 'sklearn', 'transformers', 'passes'}"
+    heavy = "{'diffusers', 'matplotlib', 'sklearn', 'transformers', 'triton', 'passes'}"
     code = f"import difa_fx, sys; print(sorted({heavy} & set(sys.modules)))"
     assert python(code, cwd=tmp_path) == "[]"
 

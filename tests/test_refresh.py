@@ -14,8 +14,8 @@ from torch import Tensor
 
 from difa_fx import attention
 from difa_fx import cpu_window as own
-from difa_fx.cpu_window import cpu_refresh, cpu_window
 from difa_fx.errors import OptionError
+from difa_fx.window_ops import near_refresh, near_window
 
 
 def qkv(tokens: int, *, heads: int = 2, width: int = 8, batch: int = 2, loud: float = 1.0) -> list[Tensor]:
@@ -44,9 +44,9 @@ def test_the_kernel_is_attention_written_out(
     stored = torch.ones(q.transpose(1, 2).shape) if residual else None
     expected = dense_attention(q, k, v, scale=scale)
     windowed = dense_attention(q, k, v, scale=scale, window=window, text=text)
-    got = cpu_window(q, k, v, stored, window, list(text), scale)
+    got = near_window(q, k, v, stored, window, list(text), scale)
     torch.testing.assert_close(got.transpose(1, 2), windowed + residual, rtol=0, atol=5e-6)
-    full, missed = cpu_refresh(q, k, v, window, list(text), scale)
+    full, missed = near_refresh(q, k, v, window, list(text), scale)
     torch.testing.assert_close(full.transpose(1, 2), expected, rtol=0, atol=5e-6)
     torch.testing.assert_close(missed.transpose(1, 2), expected - windowed, rtol=0, atol=5e-6)
 
@@ -54,7 +54,7 @@ def test_the_kernel_is_attention_written_out(
 @pytest.mark.parametrize("loud", [20.0, 200.0])
 def test_scores_that_differ_by_hundreds_are_merged_without_overflow(loud: float) -> None:
     q, k, v = (t / (loud if i == 2 else 1) for i, t in enumerate(qkv(300, loud=loud)))
-    full, missed = cpu_refresh(q, k, v, 3, [0, 0], None)
+    full, missed = near_refresh(q, k, v, 3, [0, 0], None)
     expected = dense_attention(q.double(), k.double(), v.double())
     assert relative(full.transpose(1, 2), expected) < 1e-3 * loud / 200
     windowed = dense_attention(q.double(), k.double(), v.double(), window=3)
@@ -64,22 +64,22 @@ def test_scores_that_differ_by_hundreds_are_merged_without_overflow(loud: float)
 def test_nan_is_not_swallowed() -> None:
     q, k, v = qkv(64)
     k[0, 0, 10] = torch.nan
-    assert cpu_window(q, k, v, None, 5, [0, 0], None)[0, 10, 0].isnan().all()
-    assert cpu_refresh(q, k, v, 5, [0, 0], None)[0][0, 60, 0].isnan().all()
+    assert near_window(q, k, v, None, 5, [0, 0], None)[0, 10, 0].isnan().all()
+    assert near_refresh(q, k, v, 5, [0, 0], None)[0][0, 60, 0].isnan().all()
 
 
 def test_any_strides_will_do() -> None:
     q, k, v = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in qkv(64))
     assert q.stride(-1) != 1
     shared = k[:, :1].expand(-1, 2, -1, -1)
-    got = cpu_window(q, shared, v, None, 8, [0, 0], None)
+    got = near_window(q, shared, v, None, 8, [0, 0], None)
     assert relative(got.transpose(1, 2), dense_attention(q, shared, v, window=8)) < 1e-5
 
 
 def test_the_operators_are_what_they_tell_the_compiler() -> None:
     q, k, v = qkv(40)
-    torch.library.opcheck(cpu_window, (q, k, v, None, 5, [0, 0], None), test_utils="test_faketensor")
-    torch.library.opcheck(cpu_refresh, (q, k, v, 5, [1, 2], 0.2), test_utils="test_faketensor")
+    torch.library.opcheck(near_window, (q, k, v, None, 5, [0, 0], None), test_utils="test_faketensor")
+    torch.library.opcheck(near_refresh, (q, k, v, 5, [1, 2], 0.2), test_utils="test_faketensor")
 
 
 def test_without_a_compiler_windows_are_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

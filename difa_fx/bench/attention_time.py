@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difa_fx.bench.settings import Settings
+from difa_fx.bench.settings import Settings, without_graphs
 from difa_fx.bench.subject import Subject
 from difa_fx.bench.timing import Contender, Seconds
+from difa_fx.device_time import recorded
 
 Key = tuple[object, ...]
 
@@ -72,14 +73,19 @@ def _shape(value: Any) -> object:
     return tuple(value.shape) if isinstance(value, Tensor) else str(type(value))
 
 
-def contenders(groups: Sequence[Alike], settings: Settings) -> list[Contender]:
-    """One contender a group: all of its modules, one after the other."""
+def contenders(groups: Sequence[Alike], settings: Settings, *, cuda: bool) -> list[Contender]:
+    """One contender a group: all of its modules, one after the other.
+
+    On CUDA they are a CUDA graph, whatever the mode: what can be saved is time of the device, and to call so small
+    functions one by one may take longer.
+    """
 
     def attend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return module(*args, **kwargs)
 
-    compiled = torch.compile(attend, backend=settings.compiler, dynamic=False, mode=settings.mode)
-    return [Contender(name_of(index), _all_of(group, compiled)) for index, group in enumerate(groups)]
+    compiled = torch.compile(attend, backend=settings.compiler, dynamic=False, mode=without_graphs(settings.mode))
+    runs = [_all_of(group, compiled) for group in groups]
+    return [Contender(name_of(index), recorded(run) if cuda else run) for index, run in enumerate(runs)]
 
 
 def _all_of(group: Alike, compiled: Callable[..., Any]) -> Callable[[], None]:

@@ -12,7 +12,7 @@ import torch
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, cores and threads, torch and Python; on CUDA the device, too."""
+    """CPU, cores and threads, torch and Python; on CUDA the device, too; and what tunes all that Inductor compiles."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -25,6 +25,9 @@ def hardware() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    tuned = {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_MAX_AUTOTUNE")}
+    if tuned:
+        found["environment"] = tuned
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(torch.cuda.current_device())
         found |= {"gpu": device.name, "gpu_bytes": device.total_memory, "cuda": torch.version.cuda}

@@ -64,6 +64,8 @@ def measure(size: Size, settings: Settings, window: Window = None) -> Case:
     finally:
         torch.compiler.reset()
         gc.collect()
+        if size.cuda:
+            torch.cuda.empty_cache()
     return replace(case, compiled=compare(filled, settings, plan)) if settings.processes else case
 
 

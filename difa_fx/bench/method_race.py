@@ -37,18 +37,19 @@ def race_methods(subject: Subject, settings: Settings, methods: MethodPlan) -> R
     uncompressed = {
         name: compiled_by(name, subject, None, settings.compiler, settings.mode) for name in settings.baselines
     }
-    steps = MethodSteps(subject, compiled_by("difa", subject, methods.plan, settings.compiler, settings.mode), methods)
+    planned = compiled_by("difa", subject, methods.plan, settings.compiler, settings.mode)
+    steps = MethodSteps(subject, planned, methods, settings.settled_after(subject.size))
     yielded = steps.prime()
     groups = attention_time.groups_of(subject, steps.arguments(1, 0))
     one = [
         *(Contender(name, partial(_step, steps, call, 1)) for name, call in uncompressed.items()),
         *(Contender(f"difa {name}", partial(steps.run, name), partial(steps.restore, name)) for name in methods.steps),
-        *attention_time.contenders(groups, settings),
+        *attention_time.contenders(groups, settings, cuda=subject.size.cuda),
     ]
     seconds = interleaved(
         one,
         rounds=settings.rounds_on(subject.size),
-        warmup=settings.warmup,
+        warmup=settings.warmup_on(subject.size),
         cuda=subject.size.cuda,
         title=f"{subject.size.shape}: methods",
         progress=settings.progress,

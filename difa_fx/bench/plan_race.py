@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +23,7 @@ from difa_fx.bench.method_race import label_of
 from difa_fx.bench.peers import hooked
 from difa_fx.bench.records import Race, Row
 from difa_fx.bench.sampling import Denoiser, generate, relative_l1
-from difa_fx.bench.settings import Settings
+from difa_fx.bench.settings import Settings, without_graphs
 from difa_fx.bench.steps import runner_of
 from difa_fx.bench.subject import Subject, timesteps
 from difa_fx.bench.timing import Contender, Seconds, Spread, interleaved, ratios
@@ -41,8 +43,8 @@ class Entrant:
     Attributes:
         label: for tables.
         denoiser: how it denoises.
-        latents: what its first generation ended in.
-        heard: what Dynamo did in it.
+        latents: what its last generation before the rounds ended in.
+        heard: what Dynamo did in its first one.
         state_bytes: the most that it kept, as far as it is known.
     """
 
@@ -74,13 +76,13 @@ def race_plan(subject: Subject, settings: Settings, plan: Plan, limit: int) -> t
         runners.append(runner_of(subject, call, first_call))
         return Denoiser(call, partial(reset, subject.model), kept=lambda: runners[0].stats.state_bytes)
 
-    entrants[_PLAN] = _first(subject, plan, "difa, the plan", planned)
+    entrants[_PLAN] = _first(subject, plan, "difa, the plan", planned, settings.settled_after(subject.size))
     left_out = _add_peers(entrants, subject, settings, plan, limit)
     groups = attention_time.groups_of(subject, first_call)
     seconds = interleaved(
         [
             *(Contender(name, partial(generate, subject, e.denoiser, plan.steps)) for name, e in entrants.items()),
-            *attention_time.contenders(groups, settings),
+            *attention_time.contenders(groups, settings, cuda=subject.size.cuda),
         ],
         rounds=settings.rounds_on(subject.size),
         warmup=settings.warmup,
@@ -114,7 +116,7 @@ def _add_peers(
         if refusal is not None:
             left_out[name] = refusal
             continue
-        label += f", under {label_of('inductor', settings)}" if compiles else ", eager"
+        label += f", under {label_of('inductor', _for_peers(settings))}" if compiles else ", eager"
         compiled = partial(_compile, settings=settings, limit=limit) if compiles else None
         entrants[name] = _first(subject, plan, label, partial(_peer, kind, subject, settings, plan, compiled))
     return left_out
@@ -136,19 +138,39 @@ def _peer(
     return cached(CACHE_PEERS[kind], subject, model, compiled, threshold=settings.first_block_threshold)
 
 
+def _for_peers(settings: Settings) -> Settings:
+    """What peers keep between calls would lie in memory that the next CUDA graph overwrites."""
+    return replace(settings, mode=without_graphs(settings.mode))
+
+
 def _compile(model: nn.Module, *, settings: Settings, limit: int) -> Any:
-    return torch.compile(model, backend=settings.compiler, dynamic=False, mode=settings.mode, **apart(limit))
+    mode = _for_peers(settings).mode
+    return torch.compile(model, backend=settings.compiler, dynamic=False, mode=mode, **apart(limit))
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy of a denoiser that shares its weights: hooks and processors are its own."""
+    """A copy of a denoiser that shares its weights: hooks, processors and the code of ``forward`` are its own.
+
+    Dynamo keeps what it compiled, and whether it gave up, with the code.  Where torch does not keep contenders apart
+    (:func:`difa_fx.bench.dynamo.apart`), a peer that it gave up on would take all others with it.
+    """
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     copied: nn.Module = copy.deepcopy(model, shared)
+    kind = type(model)
+    copied.__class__ = type(kind.__name__, (kind,), {"forward": _own_code(kind.forward), "__module__": kind.__module__})
     return copied
 
 
-def _first(subject: Subject, plan: Plan, label: str, make: Callable[[], Denoiser]) -> Entrant:
-    """Make a contender and run its first generation, in which it compiles."""
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    assert isinstance(function, types.FunctionType)
+    parts = (function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    own = types.FunctionType(function.__code__.replace(), *parts)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return functools.wraps(function)(own)
+
+
+def _first(subject: Subject, plan: Plan, label: str, make: Callable[[], Denoiser], generations: int = 1) -> Entrant:
+    """Make a contender and run its first generations; in the very first it compiles."""
     most = 0
     with listening() as heard:
         denoiser = make()
@@ -161,6 +183,8 @@ def _first(subject: Subject, plan: Plan, label: str, make: Callable[[], Denoiser
             denoiser.tell(step, call, timestep)
 
         latents = generate(subject, Denoiser(denoiser.call, denoiser.begin, tell), plan.steps)
+    for _ in range(generations - 1):
+        latents = generate(subject, denoiser, plan.steps)
     return Entrant(label, denoiser, latents, heard, most if kept is not None else None)
 
 

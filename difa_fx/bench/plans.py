@@ -1,4 +1,4 @@
-"""Plans to measure by: one in which every method stands once, and columns of a given plan."""
+"""Plans to measure by: one in which every method stands once, columns of a given plan, and one made to measure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from difa_fx.bench.settings import EIGHTH
 from difa_fx.bench.subject import Subject, timesteps
+from difa_fx.cost import SiteShape, site_flops
 from difa_fx.errors import OptionError
-from difa_fx.plan import Method, Plan, Window
+from difa_fx.plan import CFGOrder, Method, Plan, Window
 
 REFRESH = "refresh"
 REFRESH_CFG = "refresh+cfg"
@@ -112,6 +113,59 @@ def fitted_plan(
     )
     count = steps or plan.steps
     return found.for_steps(count, timesteps=tuple(subject.shown(t) for t in timesteps(count)))
+
+
+def plan_keeping(
+    share: float, shape: SiteShape, *, sites: Sequence[str], steps: int, window: Window, cfg: CFGOrder
+) -> Plan:
+    """A plan in the manner of calibrated ones that keeps ``share`` of the attention's operations, projections counted.
+
+    It is made by a rule and of no use but to be timed: the first step is full; then each site computes everything for
+    one half of guidance every fourth (deep ones: every sixth) step, and a window or nothing between.  Windows take the
+    place of what is cached, shallow sites and early steps first, until the share is reached.
+
+    Args:
+        share: of all operations.
+        shape: every site's.
+        sites: their paths.
+        steps: of a generation.
+        window: tokens to either side.
+        cfg: the order of guidance.
+
+    Raises:
+        OptionError: such plans keep more, or less.
+    """
+    depth = len(sites)
+    rows = [[_by_rule(step, index, depth) for index in range(depth)] for step in range(steps)]
+    cells = [(step, index) for step in range(steps) for index in range(depth) if rows[step][index] is Method.CACHED]
+    one, goal = site_flops(shape, Method.FULL, window), share * steps * depth
+    spent = sum(site_flops(shape, method, window) for row in rows for method in row) / one
+    more = site_flops(shape, Method.WINDOW_CFG, window) / one
+    count = round((goal - spent) / more)
+    if not 0 <= count <= len(cells):
+        raise OptionError(
+            "no plan of this kind keeps so much",
+            where="share",
+            got=share,
+            allowed=f"{spent / steps / depth:.2f} to {(spent + more * len(cells)) / steps / depth:.2f}",
+            todo="ask for another share, or another window",
+        )
+    for step, index in sorted(cells, key=lambda cell: (cell[0] / steps + cell[1] / depth, cell))[:count]:
+        rows[step][index] = Method.WINDOW_CFG
+    methods = tuple(tuple(row) for row in rows)
+    return Plan(steps=steps, sites=tuple(sites), methods=methods, window=window, cfg=cfg)
+
+
+def _by_rule(step: int, index: int, depth: int) -> Method:
+    third = 3 * index // depth
+    since = step % (4 + third)
+    if step == 0:
+        return Method.FULL
+    if since == 0:
+        return Method.FULL_CFG
+    if since % 2:
+        return Method.CACHED
+    return Method.WINDOW if third == 0 and step < 4 else Method.WINDOW_CFG
 
 
 def window_of(asked: str | int | None, subject: Subject) -> int:

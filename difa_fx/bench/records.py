@@ -75,6 +75,9 @@ class Race:
 ALLOCATED: Final = "allocated on the device, of a generation after the first calls"
 """On CUDA: ``torch.cuda.max_memory_allocated``, weights included."""
 
+RESERVED: Final = "reserved on the device, of a generation after the first calls"
+"""With CUDA graphs: ``torch.cuda.max_memory_reserved``, for what their pools hold is not counted as allocated."""
+
 RESIDENT_AFTER: Final = "resident, of a generation after the first calls"
 """On Linux: the largest resident set from then on, which holds Python, torch, weights and what compilation left."""
 
@@ -93,7 +96,7 @@ class Compiled:
         cold_to_inductor: ratio of each pair of processes to Inductor's.
         warm_to_inductor: likewise.
         peak_bytes: the warm process's.
-        peak_of: what that is: :data:`ALLOCATED`, :data:`RESIDENT_AFTER` or :data:`RESIDENT`.
+        peak_of: what that is: :data:`ALLOCATED`, :data:`RESERVED`, :data:`RESIDENT_AFTER` or :data:`RESIDENT`.
     """
 
     name: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from difa_fx.bench.records import ALLOCATED, Bench, Case, Compiled, Race, Row
+from difa_fx.bench.records import ALLOCATED, RESERVED, Bench, Case, Compiled, Race, Row
 from difa_fx.bench.timing import Spread
 
 NOTES: Final = """\
@@ -17,7 +17,7 @@ each round's ratio, with the least and the largest in brackets.
 - **operations kept**: the attention's matrix products and its projections, as a share of uncompressed attention's.
 - **ideal**: the step if time went with those operations: Inductor's step, less the part left out of the attention's
   time. That time is the attention modules' (projections, attention, output projection), compiled by Inductor by
-  themselves and run in the same rounds.
+  themselves and run in the same rounds, on CUDA as a CUDA graph.
 - **saving efficiency**: (full - row) / (full - ideal). `Inductor` takes uncompressed Inductor's step for full,
   `difa full` difa_fx's own step with full attention at every site.
 - **residual**: a step that also writes the residual, over the same step without.
@@ -86,7 +86,11 @@ def _compiled(rows: Sequence[Compiled]) -> list[str]:
         for row in rows
     ]
     lines = table(titles, cells)
-    held = "" if rows[0].peak_of == ALLOCATED else " It holds Python, torch, the weights and what compilation left."
+    held = (
+        ""
+        if rows[0].peak_of in (ALLOCATED, RESERVED)
+        else " It holds Python, torch, the weights and what compilation left."
+    )
     return [*lines, "", f"Peak memory: {rows[0].peak_of}, in the warm process.{held}"]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import torch
 
+from difa_fx._torch import inductor_mode
 from difa_fx.compile import COMPILERS
 from difa_fx.errors import OptionError
 from difa_fx.plan import Method, Plan
@@ -27,6 +28,9 @@ PEERS: Final = (
 
 FIRST_BLOCK_THRESHOLD: Final = 0.05
 """diffusers' default: how far the first block's output may move for the other blocks to be left out."""
+
+SETTLED: Final = 3
+"""Calls, or of difa_fx generations, that CUDA graphs need: kernels are warmed up, then recorded, then replayed."""
 
 DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -114,6 +118,7 @@ class Settings:
         for peer in self.peers:
             choice("--peers", peer, PEERS)
         choice("--compiler", self.compiler, COMPILERS)
+        _check_mode(self.mode)
         if self.peers and self.plan is None:
             raise OptionError(
                 "peers run whole generations, and there is no plan to compare them with",
@@ -138,10 +143,37 @@ class Settings:
         """Turns of every contender."""
         return self.rounds or (20 if size.cuda else 5)
 
+    def warmup_on(self, size: Size) -> int:
+        """Turns before them."""
+        return max(self.warmup, self.settled_after(size))
+
+    def settled_after(self, size: Size) -> int:
+        """How often something runs until it runs as it will: more than once with CUDA graphs."""
+        return SETTLED if size.cuda and uses_graphs(self.mode) else 1
+
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values; of the plan what it is for people."""
         found = {item.name: getattr(self, item.name) for item in fields(self)}
         return found | {"plan": None if self.plan is None else str(self.plan)}
+
+
+def uses_graphs(mode: str | None) -> bool:
+    """Whether torch's ``mode`` stands for CUDA graphs, among other things."""
+    return bool(inductor_mode(mode).get("triton.cudagraphs", False))
+
+
+def without_graphs(mode: str | None) -> str | None:
+    """``mode`` without CUDA graphs."""
+    if not uses_graphs(mode):
+        return mode
+    return "max-autotune-no-cudagraphs" if mode == "max-autotune" else None
+
+
+def _check_mode(mode: str | None) -> None:
+    try:
+        inductor_mode(mode)
+    except RuntimeError as error:
+        raise OptionError("unknown mode", where="--mode", got=mode, todo=str(error)) from None
 
 
 def size_json(size: Size) -> dict[str, Any]:

@@ -21,22 +21,34 @@ from difa_fx.runtime import Runner, Session
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """A session's state, which is shared, and its clock, which is copied."""
+    """A session's state and its clock.
+
+    Attributes:
+        clock: a copy.
+        state: the session's tensors themselves.
+        generation: the session's.
+        position: likewise.
+        values: copies of the state, where CUDA graphs read it in place and others of them write there.
+    """
 
     clock: Clock
     state: State
     generation: int
     position: int
+    values: State = field(default_factory=dict)
 
     @classmethod
-    def of(cls, session: Session) -> Snapshot:
-        """What ``session`` holds now."""
-        return cls(copy.deepcopy(session.clock), dict(session.state), session.generation, session.position)
+    def of(cls, session: Session, *, copied: bool = False) -> Snapshot:
+        """What ``session`` holds now; ``copied``: whether its tensors will be written to."""
+        values = {key: value.clone() for key, value in session.state.items()} if copied else {}
+        return cls(copy.deepcopy(session.clock), dict(session.state), session.generation, session.position, values)
 
     def restore(self, session: Session) -> None:
         """Make ``session`` hold this again."""
         for item in fields(Clock):
             setattr(session.clock, item.name, copy.copy(getattr(self.clock, item.name)))
+        for key, value in self.values.items():
+            self.state[key].copy_(value)
         session.state.clear()
         session.state.update(self.state)
         session.generation, session.position = self.generation, self.position
@@ -69,12 +81,14 @@ class MethodSteps:
         subject: the denoiser.
         compiled: compiled with the plan.
         methods: the plan and the steps that are measured.
+        generations: how many :meth:`prime` runs; with CUDA graphs it takes several until they are replayed.
         runner: what runs it; set by :meth:`prime`.
     """
 
     subject: Subject
     compiled: Callable[..., Any]
     methods: MethodPlan
+    generations: int = 1
     _runner: Runner | None = None
     _snapshots: dict[str, Snapshot] = field(default_factory=dict)
 
@@ -85,14 +99,21 @@ class MethodSteps:
         return self._runner
 
     def prime(self) -> dict[str, Tensor]:
-        """Compile, run the whole plan once and remember the state before each measured step; what those yield."""
+        """Compile, run the whole plan and remember the state before each measured step; what those yield."""
         self._runner = runner_of(self.subject, self.compiled, self.arguments(0, 0))
+        outputs = self._generation(first=1)
+        for _ in range(self.generations - 1):
+            outputs = self._generation()
+        return outputs
+
+    def _generation(self, first: int = 0) -> dict[str, Tensor]:
+        """All steps from the ``first`` call on."""
         outputs: dict[str, Tensor] = {}
         named = {step: name for name, step in self.methods.steps.items()}
         for step in range(self.methods.plan.steps):
             if step in named:
-                self._snapshots[named[step]] = Snapshot.of(self._session)
-            output = self._step(step, first=1 if step == 0 else 0)
+                self._snapshots[named[step]] = Snapshot.of(self._session, copied=self.generations > 1)
+            output = self._step(step, first=first if step == 0 else 0)
             if step in named:
                 assert output is not None
                 outputs[named[step]] = output
