@@ -70,6 +70,7 @@ __all__ = [
     "is_static_input",
     "is_wrapped",
     "new_fake_mode",
+    "own_cublas_workspace",
     "propagate",
     "same_addresses",
     "trace_aten",
@@ -298,6 +299,20 @@ CUDA_GRAPHS = "triton.cudagraphs"
 """The setting, as Inductor names it."""
 
 
+@contextlib.contextmanager
+def own_cublas_workspace() -> Iterator[None]:
+    """Within, what cuBLAS needs as workspace is allocated anew, and given back at the end.
+
+    A CUDA graph that is recorded within owns it then, as all else that it writes to: torch would keep one workspace for
+    several graphs, and anyone may have torch give it up.  Wraps ``_cuda_clearCublasWorkspaces``.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 def copy_all(places: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy each value to its place, at once.  Wraps ``_foreach_copy_``."""
     if places:
@@ -359,10 +374,7 @@ def is_wrapped(value: object) -> bool:
 
 
 def flex_band(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: float | None) -> Tensor:
-    """flex_attention as the operator Inductor lowers, without Dynamo.  Tensors are [B, H, N, D].
-
-    Every query must see some key.
-    """
+    """flex_attention as the operator Inductor lowers, without Dynamo.  Tensors are [B, H, N, D]."""
     return _flex(q, k, v, block_mask, scale, lse=False)[0]
 
 
@@ -381,7 +393,7 @@ def _flex(
 
     The public function would start a compilation of its own.
     """
-    options = _apply_kernel_options(q, k, v, lse, {} if lse else {"ROWS_GUARANTEED_SAFE": True})
+    options = _apply_kernel_options(q, k, v, lse, {})
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.device.type == "cpu":
         # The C++ template reads the sizes of q's and k's buffers, so they must be no views of a projection's.

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from difa_fx import cpu_window, cuda_window
+from difa_fx import cpu_window, cuda_window, flash_window
 from difa_fx._torch import flex_band, flex_with_lse
 from difa_fx.banded import band_attention, band_residual, tile_bias
 from difa_fx.block_masks import block_lists, block_mask
 from difa_fx.errors import OptionError
 from difa_fx.window_ops import near_refresh, near_window
 
-WindowKernel = Literal["cpp", "triton", "flex", "flash", "sdpa"]
-WINDOW_KERNELS: Final = ("auto", "cpp", "triton", "flex", "flash", "sdpa")
+WindowKernel = Literal["cpp", "triton", "flex", "flash", "flash_attn", "sdpa"]
+WINDOW_KERNELS: Final = ("auto", "cpp", "triton", "flex", "flash", "flash_attn", "sdpa")
 OWN_KERNELS: Final = {"cpp": cpu_window, "triton": cuda_window}
 """Where the implementations of :mod:`difa_fx.window_ops` are."""
+FLASH_KERNELS: Final = ("flash", "flash_attn")
 
 
 def window_attention(
@@ -153,7 +154,8 @@ def _window(
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if kernel == "flex":
         return flex_band(q, k, v, block_mask(grid, size, text, constants), scale)
-    return _flash_band(q, k, v, size[0], scale)
+    flash = flash_window.flash_window if kernel == "flash_attn" else flash_window.torch_flash_window
+    return cast(Tensor, flash(q, k, v, size[0], scale).transpose(1, 2))
 
 
 def covers(grid: tuple[int, ...], size: tuple[int, ...]) -> bool:
@@ -169,7 +171,7 @@ def window_tensors(
     For ``sdpa`` the additive bias of one tile, for ``flex`` four lists of block indices: never anything of size
     N x N.
     """
-    if covers(grid, size) or kernel in (*OWN_KERNELS, "flash"):
+    if covers(grid, size) or kernel in (*OWN_KERNELS, *FLASH_KERNELS):
         return ()
     if kernel == "flex":
         return block_lists(grid, size, text, like.device)
@@ -202,16 +204,8 @@ def choose_kernel(
     Raises:
         OptionError: a kernel was asked for where it cannot run, or for a window that it does not have.
     """
-    half = like.dtype in (torch.float16, torch.bfloat16)
-    plain = len(grid) == 1 and not any(text)
-    if requested == "flash" and not (half and like.device.type == "cuda" and plain):
-        raise OptionError(
-            "FlashAttention cannot run here",
-            where="options['window_kernel']",
-            got=f"'flash' for {like.dtype} on {like.device.type}" + ("" if plain else ", over a grid or with text"),
-            allowed="float16 or bfloat16 on cuda, and a window along one axis without text",
-            todo="leave window_kernel at 'auto'",
-        )
+    if requested in FLASH_KERNELS:
+        _check_flash(requested, like, grid, text)
     if masked or covers(grid, size):
         return "sdpa"
     if requested == "auto":
@@ -228,6 +222,20 @@ def choose_kernel(
     return cast(WindowKernel, requested)
 
 
+def _check_flash(requested: str, like: Tensor, grid: tuple[int, ...], text: tuple[int, int]) -> None:
+    missing = requested == "flash_attn" and flash_window.package() is None
+    if missing or not flash_window.fits(like, grid, text):
+        plain = len(grid) == 1 and not any(text)
+        raise OptionError(
+            "FlashAttention cannot run here" + (": flash-attn is not installed" if missing else ""),
+            where="options['window_kernel']",
+            got=f"{requested!r} for {like.dtype} on {like.device.type}"
+            + ("" if plain else ", over a grid or with text"),
+            allowed="float16 or bfloat16 on cuda, and a window along one axis without text",
+            todo="leave window_kernel at 'auto'",
+        )
+
+
 def _default(like: Tensor, grid: tuple[int, ...]) -> WindowKernel:
     """What ``auto`` stands for.
 
@@ -237,19 +245,6 @@ def _default(like: Tensor, grid: tuple[int, ...]) -> WindowKernel:
     if like.device.type == "cuda":
         return "triton" if cuda_window.serves(like, grid) else "flex"
     return "cpp" if _worth_a_kernel(math.prod(grid)) and cpu_window.serves(like, grid) else "sdpa"
-
-
-def _flash_band(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None) -> Tensor:
-    """FlashAttention's own window, through torch (no flash-attn package); CUDA, fp16 or bf16."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    batch, heads, tokens, width = q.shape
-    packed_q, packed_k, packed_v = (t.transpose(1, 2).reshape(batch * tokens, heads, width) for t in (q, k, v))
-    ends = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
-    out = varlen_attn(
-        packed_q, packed_k, packed_v, ends, ends, tokens, tokens, scale=scale, window_size=(window, window)
-    )
-    return cast(Tensor, out).view(batch, tokens, heads, width).transpose(1, 2)
 
 
 def cached_output(state: Tensor) -> Tensor:

@@ -111,6 +111,8 @@ def block_mask(
     def in_window(b: Tensor, h: Tensor, q_index: Tensor, kv_index: Tensor) -> Tensor:
         return sees(q_index, kv_index, grid, size, text) ^ outside
 
+    in_window.__annotations__.clear()  # torch 2.11 cannot keep a graph in its cache with annotations that are strings
+
     cut_count, cut_index, whole_count, whole_index = lists
     return BlockMask.from_kv_blocks(
         cut_count,

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from difa_fx._torch import copy_all, same_addresses
+from difa_fx._torch import copy_all, own_cublas_workspace, same_addresses
 from difa_fx.errors import GraphError
 from difa_fx.program import Program, ProgramBuilder, State, StateKey
 from difa_fx.schedule import Schedule
@@ -59,7 +59,7 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._stream.device)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), own_cublas_workspace():
                 # Other threads may go on: loading data must not break a recording.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:

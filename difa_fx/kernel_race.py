@@ -132,15 +132,20 @@ def _compiled(step: Callable[..., Any], inputs: Sequence[Tensor]) -> Callable[[]
 
 
 def _fastest(like: Tensor, sizes: Sequence[int], shape: Mapping[str, Any], refresh: bool) -> WindowKernel:
-    batch, heads, tokens, width = sizes
-    made = [torch.randn(batch, tokens, heads, width, dtype=like.dtype, device=like.device) for _ in range(4)]
-    inputs = [*(value.transpose(1, 2) for value in made[:3]), made[3]]
+    inputs = _inputs(like, sizes)
     seconds: dict[WindowKernel, float] = {}
     possible = possible_kernels(like=like, **shape)
     for kernel in possible:
         with _left_out_with_a_warning(kernel, shape):
             seconds[kernel] = seconds_of(step_of(kernel, inputs, refresh=refresh, **shape))
     return min(seconds, key=lambda kernel: seconds[kernel]) if seconds else possible[0]
+
+
+def _inputs(like: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Queries, keys and values, [B, H, N, D], as projections yield them, and a residual, [B, N, H, D]."""
+    batch, heads, tokens, width = sizes
+    made = [torch.randn(batch, tokens, heads, width, dtype=like.dtype, device=like.device) for _ in range(4)]
+    return [*(value.transpose(1, 2) for value in made[:3]), made[3]]
 
 
 @contextlib.contextmanager
@@ -160,22 +165,23 @@ def _key(like: Tensor, sizes: Sequence[int], shape: Mapping[str, Any], refresh: 
 
 
 def _remembered(key: str) -> WindowKernel | None:
-    try:
-        found = json.loads(_path().read_text(encoding="utf-8")).get(key)
-    except (OSError, ValueError, AttributeError):
-        return None  # it is measured anew
+    found = _known().get(key)
     return found if found in WINDOW_KERNELS else None
 
 
 def _remember(key: str, kernel: WindowKernel) -> WindowKernel:
-    path = _path()
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({**known, key: kernel}, indent=1) + "\n")
+    _path().parent.mkdir(parents=True, exist_ok=True)
+    write_text(_path(), json.dumps({**_known(), key: kernel}, indent=1) + "\n")
     return kernel
+
+
+def _known() -> dict[str, Any]:
+    """What was measured before; what cannot be read is measured anew."""
+    try:
+        found = json.loads(_path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _path() -> Path:

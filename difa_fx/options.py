@@ -21,7 +21,7 @@ class Options:
         plan: which method each site uses at each step; None compiles exactly as Inductor would.
         strict: whether what a plan cannot do is an error (True), or full attention with a warning.
         compiler: ``inductor``, or ``aot_eager`` or ``eager`` to debug.
-        window_kernel: ``auto``, ``cpp``, ``triton``, ``flex``, ``flash`` or ``sdpa``.
+        window_kernel: ``auto``, ``cpp``, ``triton``, ``flex``, ``flash``, ``flash_attn`` or ``sdpa``.
         inductor: Inductor's own settings, as ``torch.compile(options=...)`` takes them.
         mode: torch's own, for instance ``max-autotune``: ``torch.compile`` takes no ``mode=`` beside ``options=``.
     """

@@ -13,6 +13,7 @@ import pytest
 import torch
 from benchmark_commands import FOLDER, command
 
+from difa_fx import kernel_race
 from difa_fx.bench import plan_race
 from difa_fx.bench.children import compiled_by
 from difa_fx.bench.plans import method_plan, methods_of, plan_keeping
@@ -149,7 +150,7 @@ def test_kernels_have_a_ceiling_and_an_error(tmp_path):
 
 def test_a_kernel_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
     module = command("kernels")
-    monkeypatch.setattr(module, "_compiled", lambda *_: 1 / 0)
+    monkeypatch.setattr(kernel_race, "_compiled", lambda *_: 1 / 0)
     tiny = ["--tokens", "64", "--head-dims", "8", "--heads", "1", "--rounds", "1", "--kernels", "flex", "sdpa"]
     rows = module.main([*tiny, "-o", str(tmp_path / "kernels")])
     assert [row["step"] for row in rows] == ["full", "sdpa", "sdpa, refresh"]

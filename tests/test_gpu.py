@@ -21,6 +21,12 @@ ROWS = ["full", "window+cfg", "cached", "full+cfg", "window", "cached", "window+
 ROUNDING = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle's convolution would round to TensorFloat32 where Inductor makes a matrix product of it."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def on_cuda(found: Case, dtype: torch.dtype) -> Case:
     return replace(found, model=found.model.to("cuda", dtype))
 

@@ -24,7 +24,7 @@ LAYERS = (
     ("_torch",),
     ("banded", "block_masks", "device_time"),
     ("window_ops", "cuda_kernels"),
-    ("cpu_window", "cuda_window"),
+    ("cpu_window", "cuda_window", "flash_window"),
     ("cost", "attention"),
     ("kernel_race",),
     ("schedule",),
