@@ -22,13 +22,13 @@ from torch import Tensor
 from difa_fx.banded import like_attention
 from difa_fx.window_ops import implement
 
-Blocks = tuple[int, int, int, int]
-"""Queries of a block, keys of a tile, warps and stages of the pipeline that loads tiles."""
+Blocks = tuple[int, int, int, int, int | None]
+"""Queries of a block, keys of a tile, warps, stages of the pipeline that loads tiles, and registers if few."""
 
 SERVED: Final = "float16 or bfloat16 on cuda, with triton"
 """What the kernel is for, to people."""
 
-_TRACED: Final[Blocks] = (32, 16, 4, 1)
+_TRACED: Final[Blocks] = (32, 16, 4, 1, None)
 """For Triton's interpreter, which is what runs kernels on tensors of the CPU: small, so that small tests have many."""
 
 
@@ -59,29 +59,50 @@ def columns(width: int) -> tuple[int, int]:
 def blocks(width: int, *, refresh: bool) -> tuple[Blocks, ...]:
     """What is worth a try, the likeliest first.
 
-    Up to width 256 the loops keep all that they need in registers (compiled for sm_90), and use its wgmma.
+    Up to width 256 the loops keep all that they need in registers (compiled for sm_90), and use its wgmma.  With 128
+    registers a multiprocessor has two blocks of eight warps or four of four: one computes weights while another's
+    products run.
     """
     if width <= 80:
-        return ((128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3) if refresh else (128, 128, 8, 2))
+        return (
+            (128, 64, 8, 3, 128),
+            (64, 64, 4, 2 if refresh else 3, 128),
+            (64, 64, 4, 2, 168 if refresh else 128),
+            (128, 64, 4, 3, None),
+            (64, 128, 4, 2, None),
+        )
     if width <= 128:
-        return ((128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3) if refresh else (64, 64, 4, 3))
+        return (128, 64, 8, 3, None), (128, 32, 8, 3, None), (64, 64, 4, 2, None)
     if width <= 160:
-        return ((128, 32, 8, 3), (64, 64, 8, 2))
-    return ((64, 32, 8, 2),) if width <= 256 else ((64, 16, 8, 2),)
+        return (128, 32, 8, 3, None), (64, 64, 8, 2, None)
+    return ((64, 32, 8, 2, None),) if width <= 256 else ((64, 16, 8, 2, None),)
 
 
 @functools.cache
-def _tuned(width: int, *, refresh: bool) -> Any:
+def _tuned(width: int, *, refresh: bool, mapped: bool) -> Any:
     """The kernel, with what the autotuner may try."""
     import triton
 
     from difa_fx.cuda_kernels import near_kernel
 
-    configs = [
-        triton.Config({"BLOCK_M": queries, "BLOCK_L": keys}, num_warps=warps, num_stages=stages)
-        for queries, keys, warps, stages in blocks(width, refresh=refresh)
-    ]
+    configs = [configured(settings) for settings in blocks(width, refresh=refresh)]
     return triton.autotune(configs, key=["heads", "tokens", "window", "WIDTH"])(near_kernel)
+
+
+def configured(blocks: Blocks) -> Any:
+    """Blocks for the autotuner."""
+    import triton
+
+    queries, keys, warps, stages, registers = blocks
+    tiles = {"BLOCK_M": queries, "BLOCK_L": keys}
+    return triton.Config(tiles, num_warps=warps, num_stages=stages, maxnreg=registers, pre_hook=_cut)
+
+
+def _cut(arguments: dict[str, Any]) -> None:
+    """Let the maps be of tiles as long as the autotuner wants."""
+    for name in _MAPS:
+        if arguments[name] is not None:
+            arguments[name].block_shape[2] = arguments["BLOCK_L"]
 
 
 def attend(
@@ -96,35 +117,15 @@ def attend(
     refresh: bool,
 ) -> tuple[Tensor, ...]:
     """The two operators, see :class:`difa_fx.window_ops.Attend`; of CPU tensors in Triton's interpreter only."""
-    batch, heads, tokens, width = q.shape
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    residual = None if residual is None else residual.contiguous()
-    out, *missed = (like_attention(q) for _ in range(1 + refresh))
-    scale = width**-0.5 if scale is None else scale
-    if scale < 0:  # the kernel takes the maximum before it scales
-        q, scale = -q, -scale
-    strides = [t.stride(axis) if t.shape[axis] > 1 else 0 for t in (q, k, v) for axis in range(3)]
-    unit = math.gcd(8, *strides)
-    head, tail = columns(width)
-    settings: dict[str, Any] = {"UNIT": unit, "WIDTH": width, "HEAD": head, "TAIL": tail, "TEXT": any(text)}
-    settings["enable_fp_fusion"] = True  # newer versions of triton ask to be told
-
-    def programs(meta: dict[str, Any]) -> tuple[int]:
-        block = meta["BLOCK_M"]
-        return (batch * heads * (-(-(tokens - sum(text)) // block) + -(-sum(text) // block)),)
-
     if q.device.type == "cpu":
         from difa_fx.cuda_kernels import near_kernel
 
-        kernel = near_kernel
-        settings |= dict(zip(("BLOCK_M", "BLOCK_L", "num_warps", "num_stages"), _TRACED, strict=True))
-    else:
-        kernel = _tuned(width, refresh=refresh)
-    tensors = (q, k, v, residual, out, missed[0] if missed else None)
-    numbers = (heads, tokens, min(window, tokens), *text, scale * math.log2(math.e))
-    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        kernel[programs](*tensors, *(stride // unit for stride in strides), *numbers, **settings)
-    return (out, *missed)
+        *tiles, warps, stages, _ = _TRACED
+        blocks = dict(zip(("BLOCK_M", "BLOCK_L"), tiles, strict=True))
+        return launch(near_kernel, q, k, v, residual, window, text, scale, refresh=refresh, mapped=True, blocks=blocks)
+    mapped = torch.cuda.get_device_capability(q.device)[0] >= 9
+    kernel = _tuned(q.shape[3], refresh=refresh, mapped=mapped)
+    return launch(kernel, q, k, v, residual, window, text, scale, refresh=refresh, mapped=mapped)
 
 
 implement("CUDA", attend)

@@ -18,7 +18,8 @@ from difa_fx._torch import WeakIdKeyDictionary
 from difa_fx.clock import Clock
 from difa_fx.options import Options
 from difa_fx.plan import Plan
-from difa_fx.runtime import Runner, RunnerStats, owners
+from difa_fx.runtime import Runner, owners
+from difa_fx.sessions import RunnerStats
 
 
 @dataclass(eq=False)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -20,80 +20,17 @@ from difa_fx.attention import cfg_half
 from difa_fx.clock import Clock
 from difa_fx.compile import PieceCompiler
 from difa_fx.cost import SiteShape
-from difa_fx.cuda_graphs import GraphMaker, Launched, StepGraphs
+from difa_fx.cuda_graphs import GraphMaker, Launched
 from difa_fx.errors import CFGError, ClockError, DifaError
 from difa_fx.passes.find_attention import Attention
 from difa_fx.passes.graph_tools import placeholders
 from difa_fx.passes.partition import Partition
 from difa_fx.passes.rewrite import residual_axis
 from difa_fx.passes.sites import AttentionSite
-from difa_fx.program import Program, ProgramBuilder, State, StateKey, output_number
+from difa_fx.program import Program, ProgramBuilder, StateKey, output_number
 from difa_fx.schedule import FULL, Schedule, SiteStep
+from difa_fx.sessions import RunnerStats, Session
 from difa_fx.timestep import TimestepReader
-
-
-@dataclass(slots=True)
-class Session:
-    """The state of one denoiser's generation; two denoisers that share a compiled graph have one each.
-
-    Attributes:
-        clock: the denoiser's.
-        state: what is held now.
-        generation: the one that it is of.
-        position: its last call.
-        peak_bytes: the most that was held after a call.
-        graphs: the calls as CUDA graphs, if they are asked for.
-    """
-
-    clock: Clock
-    state: State = field(default_factory=dict)
-    generation: int = -1
-    position: int = -1
-    peak_bytes: int = 0
-    graphs: StepGraphs | None = None
-
-    def abandon(self) -> None:
-        """Drop the state, and with it the generation: only the first step of a new one can follow."""
-        self.state.clear()
-        self.generation = self.position = -1
-
-    def ran(self, call: int) -> bool:
-        """Whether ``call`` of the generation that runs now was the last that it served."""
-        return self.generation == self.clock.generation and self.position == call
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state held now; halves shared with an activation count in full."""
-        return sum(t.numel() * t.element_size() for t in self.state.values())
-
-
-@dataclass(frozen=True, slots=True)
-class RunnerStats:
-    """What a runner did, for reports and tests.
-
-    Attributes:
-        sites: paths of its sites.
-        shapes: size of each, for :mod:`difa_fx.cost`.
-        unique_blocks: structurally different regions and trunks of the repeated part.
-        segments: regions and trunks; a step runs a piece for each that it does not take from the state.
-        pieces: pieces compiled.
-        compile_seconds: time spent on it.
-        state_bytes: bytes of state held now, over all sessions.
-        peak_state_bytes: the most that one session held after a call.
-        predicted_state_bytes: what the schedule says is held after each call.
-        calls: calls of the denoiser served.
-    """
-
-    sites: tuple[str, ...]
-    shapes: Mapping[str, SiteShape]
-    unique_blocks: int
-    segments: int
-    pieces: int
-    compile_seconds: float
-    state_bytes: int
-    peak_state_bytes: int
-    predicted_state_bytes: tuple[int, ...]
-    calls: int
 
 
 class Company(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from difa_fx import registry
-from difa_fx.runtime import RunnerStats
+from difa_fx.sessions import RunnerStats
 
 
 def reset(model: nn.Module) -> None:

@@ -31,7 +31,7 @@ LAYERS = (
     ("passes",),
     ("inspection", "compile"),
     ("program",),
-    ("clock", "cuda_graphs", "timestep", "runtime"),
+    ("clock", "cuda_graphs", "timestep", "sessions", "runtime"),
     ("options",),
     ("registry",),
     ("backend", "session"),

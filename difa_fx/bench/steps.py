@@ -16,7 +16,8 @@ from difa_fx.bench.subject import Subject, timesteps
 from difa_fx.clock import Clock
 from difa_fx.errors import BenchmarkError
 from difa_fx.program import State
-from difa_fx.runtime import Runner, Session
+from difa_fx.runtime import Runner
+from difa_fx.sessions import Session
 
 
 @dataclass(frozen=True, slots=True, eq=False)
