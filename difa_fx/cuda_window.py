@@ -28,7 +28,7 @@ Blocks = tuple[int, int, int, int, int | None]
 SERVED: Final = "float16 or bfloat16 on cuda, with triton"
 """What the kernel is for, to people."""
 
-_TRACED: Final[Blocks] = (32, 16, 4, 1, None)
+TRACED: Final[Blocks] = (32, 16, 4, 1, None)
 """For Triton's interpreter, which is what runs kernels on tensors of the CPU: small, so that small tests have many."""
 
 
@@ -78,33 +78,6 @@ def blocks(width: int, *, refresh: bool) -> tuple[Blocks, ...]:
     return ((64, 32, 8, 2, None),) if width <= 256 else ((64, 16, 8, 2, None),)
 
 
-@functools.cache
-def _tuned(width: int, *, refresh: bool, mapped: bool) -> Any:
-    """The kernel, with what the autotuner may try."""
-    import triton
-
-    from difa_fx.cuda_kernels import near_kernel
-
-    configs = [configured(settings) for settings in blocks(width, refresh=refresh)]
-    return triton.autotune(configs, key=["heads", "tokens", "window", "WIDTH"])(near_kernel)
-
-
-def configured(blocks: Blocks) -> Any:
-    """Blocks for the autotuner."""
-    import triton
-
-    queries, keys, warps, stages, registers = blocks
-    tiles = {"BLOCK_M": queries, "BLOCK_L": keys}
-    return triton.Config(tiles, num_warps=warps, num_stages=stages, maxnreg=registers, pre_hook=_cut)
-
-
-def _cut(arguments: dict[str, Any]) -> None:
-    """Let the maps be of tiles as long as the autotuner wants."""
-    for name in _MAPS:
-        if arguments[name] is not None:
-            arguments[name].block_shape[2] = arguments["BLOCK_L"]
-
-
 def attend(
     q: Tensor,
     k: Tensor,
@@ -117,15 +90,101 @@ def attend(
     refresh: bool,
 ) -> tuple[Tensor, ...]:
     """The two operators, see :class:`difa_fx.window_ops.Attend`; of CPU tensors in Triton's interpreter only."""
-    if q.device.type == "cpu":
-        from difa_fx.cuda_kernels import near_kernel
+    traced = TRACED if q.device.type == "cpu" else None
+    return attend_in(traced, q, k, v, residual, window, text, scale, refresh=refresh)
 
-        *tiles, warps, stages, _ = _TRACED
-        blocks = dict(zip(("BLOCK_M", "BLOCK_L"), tiles, strict=True))
-        return launch(near_kernel, q, k, v, residual, window, text, scale, refresh=refresh, mapped=True, blocks=blocks)
-    mapped = torch.cuda.get_device_capability(q.device)[0] >= 9
-    kernel = _tuned(q.shape[3], refresh=refresh, mapped=mapped)
-    return launch(kernel, q, k, v, residual, window, text, scale, refresh=refresh, mapped=mapped)
+
+def attend_in(
+    sizes: Blocks | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor | None,
+    window: int,
+    text: Sequence[int],
+    scale: float | None,
+    *,
+    refresh: bool,
+    maps: bool = True,
+) -> tuple[Tensor, ...]:
+    """:func:`attend` in blocks of such sizes, or those that the autotuner finds; with tensor maps only if ``maps``."""
+    batch, heads, tokens, width = q.shape
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    residual = None if residual is None else residual.contiguous()
+    out, *missed = (like_attention(q) for _ in range(1 + refresh))
+    scale = width**-0.5 if scale is None else scale
+    if scale < 0:  # the kernel takes the maximum before it scales
+        q, scale = -q, -scale
+    strides = [t.stride(axis) if t.shape[axis] > 1 else 0 for t in (q, k, v) for axis in range(3)]
+    unit = math.gcd(8, *strides)
+    head, tail = columns(width)
+    maps = maps and all(mappable(t) for t in (k, v))
+    settings: dict[str, Any] = {"UNIT": unit, "WIDTH": width, "HEAD": head, "TAIL": tail, "TEXT": any(text)}
+    settings["enable_fp_fusion"] = True  # newer versions of triton ask to be told
+
+    def programs(meta: dict[str, Any]) -> tuple[int]:
+        block = meta["BLOCK_M"]
+        return (batch * heads * (-(-(tokens - sum(text)) // block) + -(-sum(text) // block)),)
+
+    if sizes is None:
+        kernel = _tuned(width, refresh=refresh, maps=maps)
+    else:
+        from difa_fx.cuda_kernels import near_kernel as kernel
+
+        settings |= dict(zip(("BLOCK_M", "BLOCK_L", "num_warps", "num_stages", "maxnreg"), sizes, strict=True))
+    tiles = [
+        _tiles(t, size, settings.get("BLOCK_L", 16)) if maps and size else None for t in (k, v) for size in (head, tail)
+    ]
+    tensors = (q, k, v, *tiles, residual, out, missed[0] if missed else None)
+    numbers = (heads, tokens, min(window, tokens), *text, scale * math.log2(math.e))
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        kernel[programs](*tensors, *(stride // unit for stride in strides), *numbers, **settings)
+    return (out, *missed)
+
+
+@functools.cache
+def _tuned(width: int, *, refresh: bool, maps: bool) -> Any:
+    """The kernel, with what the autotuner may try."""
+    import triton
+
+    from difa_fx.cuda_kernels import near_kernel
+
+    configs = [
+        triton.Config(
+            {"BLOCK_M": queries, "BLOCK_L": keys},
+            num_warps=warps,
+            num_stages=stages,
+            maxnreg=registers,
+            pre_hook=_cut if maps else None,
+        )
+        for queries, keys, warps, stages, registers in blocks(width, refresh=refresh)
+    ]
+    return triton.autotune(configs, key=["heads", "tokens", "window", "WIDTH"])(near_kernel)
+
+
+def _cut(arguments: dict[str, Any]) -> None:
+    """Let tiles be as long as the autotuner wants them."""
+    for name in ("k_map", "k_tail_map", "v_map", "v_tail_map"):
+        if arguments[name] is not None:
+            arguments[name].block_shape[2] = arguments["BLOCK_L"]
+
+
+def mappable(tensor: Tensor) -> bool:
+    """Whether the memory unit of sm_90 can load tiles of it: rows at multiples of 16 bytes, and none twice."""
+    if tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) < (9, 0):
+        return False
+    steps = [tensor.stride(axis) for axis in range(3) if tensor.shape[axis] > 1]
+    size = tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(step > 0 and step * size % 16 == 0 for step in steps)
+
+
+def _tiles(tensor: Tensor, columns: int, length: int) -> Any:
+    """A map of tiles of keys or values, so many columns and keys; what lies outside the tensor is zeros."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    # An axis of size 1 may have any stride; 16 is one that serves.
+    strides = [tensor.stride(axis) if tensor.shape[axis] > 1 else 16 for axis in range(3)]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, length, columns])
 
 
 implement("CUDA", attend)

@@ -8,6 +8,7 @@ Triton reads the variable when it is imported, so this has a process of its own.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ import torch
 from oracle import dense_attention
 from torch import Tensor
 
-from difa_fx.cuda_window import attend
+from difa_fx.cuda_window import TRACED, attend_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One call of each operator; ``layout`` is how q, k and v lie in memory."""
+    """One call of each operator; ``layout`` is how q, k and v lie in memory, ``maps`` how tiles are loaded."""
 
     image: int
     window: int
@@ -33,6 +34,7 @@ class Case:
     scale: float | None = None
     loud: float = 1.0
     residual: bool = True
+    maps: bool = True
 
 
 def tensors(case: Case) -> tuple[Tensor, ...]:
@@ -62,6 +64,7 @@ def errors(case: Case) -> dict[str, float]:
         dense_attention(*exact, scale=scale, window=window, text=case.text).transpose(1, 2)
         for window in (case.window, None)
     )
+    attend = functools.partial(attend_in, TRACED, maps=case.maps)
     stored = torch.randn(windowed.shape, generator=torch.Generator().manual_seed(1)).to(q.dtype)
     (near,) = attend(q, k, v, stored if case.residual else None, case.window, text, scale, refresh=False)
     full, missed = attend(q, k, v, None, case.window, text, scale, refresh=True)

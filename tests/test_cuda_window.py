@@ -61,7 +61,13 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"image": 50, "window": 9, "width": 40, "layout": "contiguous", "scale": 0.3},
         {"image": 40, "window": 9, "width": 96, "layout": "shared"},
         {"image": 40, "window": 9, "width": 24, "layout": "columns", "scale": -0.2},
-        {"image": 40, "window": 9, "width": 5, "layout": "packed", "batch": 2},
+        {"image": 40, "window": 9, "width": 5, "layout": "packed", "batch": 2},  # its rows are not aligned
+    ],
+    "pointers": [  # without tensor maps
+        {"image": 101, "window": 60, "batch": 2, "maps": False},
+        {"image": 61, "window": 17, "text": (7, 2), "maps": False},
+        {"image": 50, "window": 9, "width": 72, "maps": False},
+        {"image": 40, "window": 9, "width": 96, "layout": "packed", "batch": 2, "maps": False},
     ],
     "numbers": [
         {"image": 70, "window": 3, "loud": 20.0},
@@ -93,6 +99,16 @@ def interpreted(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
     return json.loads(run([*python, str(HERE / "interpreted_windows.py"), json.dumps(cases)]))
 
 
+def test_what_the_memory_unit_can_load() -> None:
+    packed_BNK = torch.zeros(2, 30, 3 * 4 * 72, dtype=torch.float16)
+    q_BHND = packed_BNK.unflatten(2, (3, 4, 72)).unbind(2)[1].transpose(1, 2)
+    assert cuda_window.mappable(q_BHND) and cuda_window.mappable(q_BHND.contiguous())
+    assert cuda_window.mappable(q_BHND[:1, :1])
+    assert not cuda_window.mappable(packed_BNK.flatten()[1:-71].view(2, 1, -1, 72)), "not at a multiple of 16 bytes"
+    assert not cuda_window.mappable(q_BHND[:, :1].expand(-1, 4, -1, -1)), "a row twice"
+    assert not cuda_window.mappable(torch.zeros(2, 4, 30, 5, dtype=torch.float16)), "rows of 10 bytes"
+
+
 def test_a_width_is_two_powers_of_two_and_wastes_little() -> None:
     expected = {8: (16, 0), 40: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 160: (128, 32)}
     assert {width: columns(width) for width in expected} == expected
@@ -105,7 +121,7 @@ def test_a_width_is_two_powers_of_two_and_wastes_little() -> None:
 @pytest.mark.parametrize("refresh", [False, True])
 def test_every_width_has_blocks_to_try(refresh: bool) -> None:
     for width in range(1, 513):
-        assert 1 <= len(cuda_window.blocks(width, refresh=refresh)) <= 4
+        assert 1 <= len(cuda_window.blocks(width, refresh=refresh)) <= 5
 
 
 SITE = {"grid": (1024,), "size": (128,), "text": (0, 0), "masked": False}
