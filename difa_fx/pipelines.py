@@ -55,7 +55,7 @@ def attach(pipe: Any, plan: object = None, *, mode: str | None = None, **options
         ``pipe``.
 
     Raises:
-        AttachError: the object is no pipeline, or is attached already.
+        AttachError: the object is no pipeline, is attached already, or has its denoiser spread over devices.
         PlanError: the plan is malformed; later, from ``set_timesteps``, that it has another number of steps.
         OptionError: an option is unknown or wrong.
     """
@@ -67,6 +67,7 @@ def attach(pipe: Any, plan: object = None, *, mode: str | None = None, **options
             todo="call difa_fx.detach(pipe) first",
         )
     denoiser, scheduler = parts_of(pipe)
+    _refuse_parallel(denoiser)
     before = denoiser._compiled_call_impl
     checked: Plan | None = None
     if plan is not None:
@@ -86,6 +87,21 @@ def attach(pipe: Any, plan: object = None, *, mode: str | None = None, **options
     _attachments[pipe] = _Attachment(denoiser, before, scheduler, heard_before, checked is not None)
     _listen(scheduler, denoiser, checked)
     return pipe
+
+
+def _refuse_parallel(denoiser: Any) -> None:
+    """Raise AttachError where diffusers spreads one sample's tokens or heads over devices.
+
+    Its hooks stand between the layers then, Dynamo compiles part by part, and the parts cannot tell what they are.
+    """
+    if getattr(denoiser, "_parallel_config", None) is not None:
+        raise AttachError(
+            "the denoiser is spread over devices (enable_parallelism), and a plan cannot be rewritten through that",
+            where="difa_fx.attach",
+            got=type(denoiser._parallel_config).__name__,
+            allowed="one whole denoiser on each device",
+            todo="give each device the whole denoiser and a share of the prompts",
+        )
 
 
 def detach(pipe: Any) -> Any:

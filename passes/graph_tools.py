@@ -18,6 +18,8 @@ _SEGMENT = re.compile(
     re.VERBOSE,
 )
 _ROOT = re.compile(r"^(?:L|G)\['[^']*'\]")
+_HOOKED = re.compile(r"\.forward(?:\.(?:func|forward|cell_contents)|\.__closure__\[\d+\])*\.__self__")
+"""A module found again through the ``forward`` that a hook has put in place of its own."""
 
 
 def tensor_of(node: fx.Node) -> Tensor | None:
@@ -40,7 +42,7 @@ def clean_path(raw: str) -> str:
     >>> clean_path("L['self'].__dict__['_modules']['transformer_blocks'].0.attn1")
     'transformer_blocks.0.attn1'
     """
-    rest = _ROOT.sub("", raw)
+    rest = _HOOKED.sub("", _ROOT.sub("", raw))
     parts = [next(part for part in match.groups() if part) for match in _SEGMENT.finditer(rest)]
     return ".".join(part for part in parts if part != "_orig_mod")
 

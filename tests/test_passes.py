@@ -53,6 +53,12 @@ def found_in(found: Case) -> Attention:
         ),
         ("G['G_MODEL']._modules['blocks']._modules['3'].attn", "blocks.3.attn"),
         ("L['s'].net._orig_mod.blocks.0.attn", "net.blocks.0.attn"),
+        ("L['self'].forward.__self__.blocks.1.attn1", "blocks.1.attn1"),
+        (
+            "L['self'].forward.__self__.blocks.0.forward.func.__closure__[0].cell_contents.forward.__self__.attn1",
+            "blocks.0.attn1",
+        ),
+        ("L['self'].blocks.0.forward_block.attn1", "blocks.0.forward_block.attn1"),
     ],
 )
 def test_module_paths_are_written_as_users_write_them(raw: str, clean: str) -> None:

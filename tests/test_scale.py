@@ -50,6 +50,32 @@ def test_two_processes_share_the_prompts_under_one_plan(tmp_path: Path) -> None:
     assert all(torch.equal(shared[seed], alone[seed]) for seed in alone)
 
 
+CONTEXT_PARALLEL = """
+import types, torch, torch.distributed as dist, difa_fx
+from diffusers import ContextParallelConfig, DDIMScheduler, WanTransformer3DModel
+dist.init_process_group("gloo")
+torch.accelerator.device_count = lambda: 1  # diffusers looks for an accelerator
+torch._C._get_accelerator = lambda *_: torch.device("cpu")
+sizes = {"text_dim": 12, "freq_dim": 32, "ffn_dim": 48, "num_layers": 1, "rope_max_seq_len": 32}
+model = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, **sizes)
+model.set_attention_backend("native")
+model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+try:
+    difa_fx.attach(types.SimpleNamespace(transformer=model, scheduler=DDIMScheduler()), "plan.json")
+except difa_fx.errors.AttachError as error:
+    print("refused:", str(error).splitlines()[0])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_context_parallel_is_refused(tmp_path: Path) -> None:
+    script = tmp_path / "context_parallel.py"
+    script.write_text(CONTEXT_PARALLEL)
+    told = run([*launch(2), str(script)])
+    assert told.count("refused: the denoiser is spread over devices (enable_parallelism)") == 2
+
+
 @pytest.fixture
 def _one_process() -> Iterator[None]:
     """A process group of this process alone: sharding works in it as in many."""
