@@ -85,9 +85,8 @@ def near_kernel(
     if MAPS:
         kv = k_map, k_tail_map, v_map, v_tail_map, sample, head
     else:
-        k_ptr += (far_sample * k_b + far_head * k_h) * UNIT
-        v_ptr += (far_sample * v_b + far_head * v_h) * UNIT
-        kv = k_ptr, k_n, v_ptr, v_n, tokens, 0
+        k_at, v_at = (far_sample * k_b + far_head * k_h) * UNIT, (far_sample * v_b + far_head * v_h) * UNIT
+        kv = k_ptr + k_at, k_n, v_ptr + v_at, v_n, tokens, 0
 
     rows, span, words = _queries(part, text_blocks, tokens, window, lead, tail, TEXT, BLOCK_M)
     begin, end, reach = span
@@ -102,8 +101,7 @@ def near_kernel(
     sums = _take_all(sums, q, kv, scale, rows, seen, 3 if TEXT else 1, MAPS, UNIT, WIDTH, HEAD, TAIL, BLOCK_L)
     out = _divided(sums)
 
-    at = (far_sample * tokens * heads + far_head) * WIDTH
-    step = heads * WIDTH
+    at, step = (far_sample * tokens * heads + far_head) * WIDTH, heads * WIDTH
     if missed_ptr is not None:
         _store(missed_ptr + at, rows_M, step, end, out, WIDTH, HEAD, TAIL)
         tl.debug_barrier()  # what a thread reads below another may have written, and overwrite
@@ -191,11 +189,10 @@ def _masked(
     BLOCK_L: tl.constexpr,
 ) -> tl.tensor:
     """Scores, with minus infinity where a query does not see a key."""
-    keys_L = tl.arange(0, BLOCK_L)
     from_M = rows_M + least - at
     count_M = tl.maximum(tl.minimum(rows_M + most, end) + 1 - at - from_M, 0)
     # A key before the first is a large number without a sign: one comparison for both ends.
-    seen_ML = (keys_L[None, :] - from_M[:, None]).to(tl.uint32) < count_M.to(tl.uint32)[:, None]
+    seen_ML = (tl.arange(0, BLOCK_L)[None, :] - from_M[:, None]).to(tl.uint32) < count_M.to(tl.uint32)[:, None]
     return tl.where(seen_ML, s_ML, float("-inf"))
 
 
@@ -299,8 +296,7 @@ def _tile(
 @triton.jit
 def _nothing(BLOCK_M: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr) -> tl.tuple:
     """Sums over no key."""
-    most_M = tl.full([BLOCK_M], _LEAST, tl.float32)
-    total_M = tl.zeros([BLOCK_M], tl.float32)
+    most_M, total_M = tl.full([BLOCK_M], _LEAST, tl.float32), tl.zeros([BLOCK_M], tl.float32)
     return most_M, total_M, tl.zeros([BLOCK_M, HEAD], tl.float32), tl.zeros([BLOCK_M, max(TAIL, 1)], tl.float32)
 
 
