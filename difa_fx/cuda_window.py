@@ -56,21 +56,15 @@ def columns(width: int) -> tuple[int, int]:
     return head, max(16, 1 << (rest - 1).bit_length()) if rest else 0
 
 
-def blocks(width: int, *, refresh: bool) -> tuple[Blocks, ...]:
-    """What is worth a try, the likeliest first.
+def blocks(width: int) -> tuple[Blocks, ...]:
+    """What is worth a try; up to width 80 each was the fastest somewhere, on an H200.
 
     Up to width 256 the loops keep all that they need in registers (compiled for sm_90), and use its wgmma.  With 128
     registers a multiprocessor has two blocks of eight warps or four of four: one computes weights while another's
     products run.
     """
     if width <= 80:
-        return (
-            (128, 64, 8, 3, 128),
-            (64, 64, 4, 2 if refresh else 3, 128),
-            (64, 64, 4, 2, 168 if refresh else 128),
-            (128, 64, 4, 3, None),
-            (64, 128, 4, 2, None),
-        )
+        return (128, 64, 8, 3, 128), (64, 64, 4, 2, 128), (128, 64, 4, 3, None)
     if width <= 128:
         return (128, 64, 8, 3, None), (128, 32, 8, 3, None), (64, 64, 4, 2, None)
     if width <= 160:
@@ -127,7 +121,7 @@ def attend_in(
         return (batch * heads * (-(-(tokens - sum(text)) // block) + -(-sum(text) // block)),)
 
     if sizes is None:
-        kernel = _tuned(width, refresh=refresh, maps=maps)
+        kernel = _tuned(width, refresh, maps)
     else:
         from difa_fx.cuda_kernels import near_kernel as kernel
 
@@ -143,8 +137,8 @@ def attend_in(
 
 
 @functools.cache
-def _tuned(width: int, *, refresh: bool, maps: bool) -> Any:
-    """The kernel, with what the autotuner may try."""
+def _tuned(width: int, refresh: bool, maps: bool) -> Any:
+    """The kernel, with what the autotuner may try; what it found for windows says nothing of refreshing steps."""
     import triton
 
     from difa_fx.cuda_kernels import near_kernel
@@ -157,7 +151,7 @@ def _tuned(width: int, *, refresh: bool, maps: bool) -> Any:
             maxnreg=registers,
             pre_hook=_cut if maps else None,
         )
-        for queries, keys, warps, stages, registers in blocks(width, refresh=refresh)
+        for queries, keys, warps, stages, registers in blocks(width)
     ]
     return triton.autotune(configs, key=["heads", "tokens", "window", "WIDTH"])(near_kernel)
 

@@ -1,7 +1,8 @@
 """On CUDA, which kernel a window runs on is measured: once for a device, dtype and size, and remembered on disk.
 
 Every kernel that can serve a site takes turns at what the site will do: a window step with its residual, or a step
-that refreshes the residual.  Kernels that are graphs (flex) are compiled by Inductor first, as in a piece.
+that refreshes the residual.  Kernels that are graphs (flex, where our own cannot serve) are compiled by Inductor first,
+as in a piece.
 
 Letters: B batch, H heads, N tokens, D head width.
 """
@@ -135,6 +136,9 @@ def _fastest(like: Tensor, sizes: Sequence[int], shape: Mapping[str, Any], refre
     inputs = _inputs(like, sizes)
     seconds: dict[WindowKernel, float] = {}
     possible = possible_kernels(like=like, **shape)
+    if "triton" in possible:
+        # Measured behind our own at every size, and the only one that takes seconds to compile.
+        possible = tuple(kernel for kernel in possible if kernel != "flex")
     for kernel in possible:
         with _left_out_with_a_warning(kernel, shape):
             seconds[kernel] = seconds_of(step_of(kernel, inputs, refresh=refresh, **shape))

@@ -29,7 +29,7 @@ class OnCuda:
 @pytest.fixture
 def race(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> dict[str, Any]:
     """A race of kernels with these seconds, whose winners are kept in a folder of its own."""
-    seconds: dict[str, Any] = {"triton": 3.0, "flex": 2.0, "flash": 5.0, "sdpa": 9.0}
+    seconds: dict[str, Any] = {"triton": 3.0, "flash_attn": 2.0, "flash": 5.0, "sdpa": 9.0}
     monkeypatch.setattr(kernel_race, "_found", {})
     monkeypatch.setattr(kernel_race, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(kernel_race, "_inputs", lambda *_: ())
@@ -56,38 +56,46 @@ def chosen(requested: str = "auto", *, refresh: bool = False, like: Any = OnCuda
 
 
 def test_the_fastest_serves_and_is_measured_once(race: dict[str, Any], tmp_path: Any) -> None:
-    assert chosen() == "flex"
+    assert chosen() == "flash_attn"
     race["triton"] = 1.0
-    assert chosen() == "flex"
+    assert chosen() == "flash_attn"
     assert race["asked triton"] == 1
     assert chosen(refresh=True) == "triton"
     assert chosen(size=(13,)) == "triton"
     kernel_race._found.clear()  # as in another process
-    assert [chosen(), chosen(refresh=True)] == ["flex", "triton"]
+    assert [chosen(), chosen(refresh=True)] == ["flash_attn", "triton"]
     assert race["asked triton"] == 3
     (path,) = (tmp_path / "cache").iterdir()
-    assert sorted(json.loads(path.read_text()).values()) == ["flex", "triton", "triton"]
+    assert sorted(json.loads(path.read_text()).values()) == ["flash_attn", "triton", "triton"]
 
 
 @pytest.mark.parametrize("found", ["", "[]", "{", '{"x": 3}', "null"])
 def test_a_broken_memory_is_measured_anew(race: dict[str, Any], tmp_path: Any, found: str) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "difa-window-kernels.json").write_text(found)
-    assert chosen() == "flex"
+    assert chosen() == "flash_attn"
     kernel_race._found.clear()
     race["triton"] = 1.0
-    assert chosen() == "flex"
+    assert chosen() == "flash_attn"
 
 
 def test_a_kernel_that_fails_is_left_out_with_a_warning(race: dict[str, Any]) -> None:
-    race["flex"] = RuntimeError("out of registers")
-    with pytest.warns(UserWarning, match="'flex' is left out.*out of registers"):
+    race["flash_attn"] = RuntimeError("out of registers")
+    with pytest.warns(UserWarning, match="'flash_attn' is left out.*out of registers"):
         assert chosen() == "triton"
     kernel_race._found.clear()
     race.update(dict.fromkeys(["triton", "flash", "sdpa"], RuntimeError("no")))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert chosen(size=(14,)) == "triton"  # it says itself what is wrong
+
+
+def test_flex_takes_part_where_our_own_cannot_serve(race: dict[str, Any]) -> None:
+    race["flex"] = 1.0
+    assert chosen() == "flash_attn"
+    assert "asked flex" not in race
+    del race["triton"]
+    assert chosen(size=(13,)) == "flex"
 
 
 def test_what_is_asked_for_is_not_measured(race: dict[str, Any]) -> None:

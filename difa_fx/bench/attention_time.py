@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,12 @@ from difa_fx.bench.settings import Settings, without_graphs
 from difa_fx.bench.subject import Subject
 from difa_fx.bench.timing import Contender, Seconds
 from difa_fx.device_time import recorded
+from difa_fx.profile import timed
 
 Key = tuple[object, ...]
+
+_LONG: Final = 0.02
+"""Seconds of a run in whose shadow its launches are."""
 
 
 @dataclass(slots=True, eq=False)
@@ -76,8 +80,8 @@ def _shape(value: Any) -> object:
 def contenders(groups: Sequence[Alike], settings: Settings, *, cuda: bool) -> list[Contender]:
     """One contender a group: all of its modules, one after the other.
 
-    On CUDA they are a CUDA graph, whatever the mode: what can be saved is time of the device, and to call so small
-    functions one by one may take longer.
+    On CUDA they are a CUDA graph where they are short, whatever the mode: what can be saved is time of the device, and
+    to call so small functions one by one may take longer.
     """
 
     def attend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -85,7 +89,13 @@ def contenders(groups: Sequence[Alike], settings: Settings, *, cuda: bool) -> li
 
     compiled = torch.compile(attend, backend=settings.compiler, dynamic=False, mode=without_graphs(settings.mode))
     runs = [_all_of(group, compiled) for group in groups]
-    return [Contender(name_of(index), recorded(run) if cuda else run) for index, run in enumerate(runs)]
+    return [Contender(name_of(index), _unlaunched(run) if cuda else run) for index, run in enumerate(runs)]
+
+
+def _unlaunched(run: Callable[[], None]) -> Callable[[], object]:
+    """``run`` on a CUDA device, without what its launches take if they matter."""
+    run()  # compiles
+    return run if timed(run, cuda=True) > _LONG else recorded(run)
 
 
 def _all_of(group: Alike, compiled: Callable[..., Any]) -> Callable[[], None]:
