@@ -8,7 +8,7 @@ class.  What does identify a denoiser is its parameters, which Dynamo passes as 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,8 +62,9 @@ class Compilation:
 
     def _join(self, owner: object, clock: Clock) -> None:
         self.clocks[owner] = clock
-        if owner in _begun and clock.position < 0:
-            clock.begin(*_begun[owner])
+        announced = _announced(owner)
+        if announced is not None and clock.position < 0:
+            clock.begin(*announced)
 
     @property
     def guided(self) -> bool:
@@ -89,16 +90,14 @@ class Compilation:
         sessions = [r.session_of(owner) for r in self.runners if r.attention.inputs.batch == 2 * batch]
         return any(session is not None and session.ran(clock.position) for session in sessions)
 
-    def clocks_for(self, model: nn.Module) -> Iterator[Clock]:
-        """The clocks of ``model``, in this compilation."""
-        for parameter in owners(model):
-            if parameter in self.clocks:
-                yield self.clocks[parameter]
+    def clocks_for(self, owned: Collection[int]) -> Iterator[Clock]:
+        """The clocks, in this compilation, of the denoiser with these owners (their ids)."""
+        return (clock for owner, clock in self.clocks.items() if id(owner) in owned)  # type: ignore[no-untyped-call]
 
 
 _compilations: weakref.WeakValueDictionary[int, Compilation] = weakref.WeakValueDictionary()
-_begun: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameters of denoisers whose next generation was announced, and the scheduler's timesteps."""
+_begun: weakref.WeakKeyDictionary[nn.Module, tuple[Sequence[float] | None, float]] = weakref.WeakKeyDictionary()
+"""Denoisers whose next generation was announced, and the scheduler's timesteps and span."""
 
 
 def compilation_for(key: Mapping[str, Any] | None, options: Options) -> Compilation:
@@ -118,43 +117,70 @@ def begin(model: nn.Module, timesteps: Sequence[float] | None = None, span: floa
         timesteps: its scheduler's.
         span: the steps of the scheduler's training.
     """
-    for parameter in owners(model):
-        if timesteps is not None or parameter not in _begun:
-            _begun[parameter] = (timesteps, span)
+    if timesteps is not None or model not in _begun:
+        _begun[model] = (timesteps, span)
+    owned = _owned(model)
     for compilation in list(_compilations.values()):
-        for clock in compilation.clocks_for(model):
+        for clock in list(compilation.clocks_for(owned)):
             clock.begin(timesteps, span)
-        if compilation.ownerless is not None and not any(True for _ in owners(model)):
+        if compilation.ownerless is not None and next(owners(model), None) is None:
             compilation.ownerless.begin(timesteps, span)
-    for runner in runners(model):
-        runner.drop_state(model)
+    for runner in _runners(owned):
+        runner.drop_state(owned)
 
 
 def release(model: nn.Module) -> None:
     """Forget the scheduler of ``model``; its clocks go by the plan again."""
-    for parameter in owners(model):
-        if parameter in _begun:
-            del _begun[parameter]
+    first = next(owners(model), None)
+    for other in list(_begun):
+        if other is model or (first is not None and next(owners(other), None) is first):
+            del _begun[other]
+    owned = _owned(model)
     for compilation in list(_compilations.values()):
         plan = compilation.options.plan
-        for clock in compilation.clocks_for(model):
+        for clock in list(compilation.clocks_for(owned)):
             clock.release(plan.timesteps if plan else None)
 
 
 def runners(model: nn.Module) -> list[Runner]:
     """The runners that served ``model``."""
-    owned = {id(tensor) for tensor in owners(model)}
-    found = []
-    for compilation in list(_compilations.values()):
-        mine = any(True for _ in compilation.clocks_for(model)) or not compilation.clocks
-        found += [runner for runner in compilation.runners if runner.serves(owned, ownerless=mine)]
-    return found
+    return _runners(_owned(model))
 
 
 def plans(model: nn.Module) -> list[Plan]:
     """The plans that ``model`` was called under so far."""
-    found = [c.options.plan for c in list(_compilations.values()) if any(c.clocks_for(model))]
+    owned = _owned(model)
+    found = [c.options.plan for c in list(_compilations.values()) if any(c.clocks_for(owned))]
     return [plan for plan in found if plan is not None]
+
+
+def _runners(owned: Collection[int]) -> list[Runner]:
+    found = []
+    for compilation in list(_compilations.values()):
+        mine = any(True for _ in compilation.clocks_for(owned)) or not compilation.clocks
+        found += [runner for runner in compilation.runners if runner.serves(owned, ownerless=mine)]
+    return found
+
+
+def _owned(model: nn.Module) -> set[int]:
+    """The ids of those tensors of ``model`` that own a clock; the walk ends where all owners there are were met.
+
+    A denoiser has thousands of tensors, and the first of them is the owner as a rule.
+    """
+    wanted = {id(owner) for compilation in list(_compilations.values()) for owner in compilation.clocks}
+    found: set[int] = set()
+    for tensor in owners(model):
+        if found == wanted:
+            break
+        if id(tensor) in wanted:
+            found.add(id(tensor))
+    return found
+
+
+def _announced(owner: object) -> tuple[Sequence[float] | None, float] | None:
+    """What was announced for the denoiser that ``owner`` belongs to; by its scheduler, if that did."""
+    found = [told for model, told in list(_begun.items()) if any(tensor is owner for tensor in owners(model))]
+    return max(found, key=lambda told: told[0] is not None, default=None)
 
 
 def stats(model: nn.Module) -> tuple[RunnerStats, ...]:

@@ -125,11 +125,10 @@ class Runner:
         """Whether it served a denoiser with one of these parameters (their ids), or perhaps one without any."""
         return any(ownerless if ref is None else key in owners for key, (ref, _) in self._sessions.items())
 
-    def drop_state(self, model: nn.Module) -> None:
-        """Free the state that ``model``'s last generation left."""
-        owned = {id(tensor) for tensor in owners(model)}
+    def drop_state(self, owners: Collection[int]) -> None:
+        """Free the state that the last generation left of the denoiser with one of these parameters (their ids)."""
         for key, (ref, session) in self._sessions.items():
-            if ref is None or key in owned:
+            if ref is None or key in owners:
                 session.state.clear()
 
     @property

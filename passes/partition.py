@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, fx
 
 from difa_fx.passes.canonicalize import CanonicalGraph
-from difa_fx.passes.graph_tools import ancestors, calls, crossing_value, output_values
+from difa_fx.passes.graph_tools import ancestors, calls, crossing_value, output_values, placeholders
+from difa_fx.passes.inputs import denoiser_inputs
+from difa_fx.passes.sinking import sink
 from difa_fx.passes.sites import AttentionSite
 
 
@@ -91,6 +93,7 @@ def partition(canonical: CanonicalGraph, sites: Sequence[AttentionSite]) -> Part
     place = _assign(graph, [_closed_region(site) for site in sites])
     merged = _hoist_shared(graph, place)
     sites = [replace(site, call=site.call.moved(merged)) for site in sites]
+    sites = sink(graph, place, sites, _latents(canonical))
     _sort(graph, place)
     returned = {node for node in output_values(graph) if isinstance(node, fx.Node)}
     members: dict[int, list[fx.Node]] = {}
@@ -106,6 +109,11 @@ def partition(canonical: CanonicalGraph, sites: Sequence[AttentionSite]) -> Part
         ]
         segments.append(_segment(f"trunk {number // 2}", site, members[number], outputs, returned))
     return Partition(tuple(segments))
+
+
+def _latents(canonical: CanonicalGraph) -> fx.Node | None:
+    position = denoiser_inputs(canonical).latents
+    return None if position is None else placeholders(canonical.gm.graph)[position]
 
 
 def _closed_region(site: AttentionSite) -> set[fx.Node]:
