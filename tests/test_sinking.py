@@ -30,11 +30,10 @@ def sizes(nodes: tuple[fx.Node, ...]) -> list[int]:
 
 @pytest.mark.parametrize("build", [lambda: dit(layers=4), pixart])
 def test_parts_of_a_small_tensor_do_not_cross(build, monkeypatch) -> None:
-    found = build()
-    crossing = [len(segment.outputs) for segment in partition_of(found).segments if segment.site is None]
+    crossing = [len(segment.outputs) for segment in partition_of(build()).segments if segment.site is None]
     torch._dynamo.reset()
     monkeypatch.setattr(partitions, "sink", lambda graph, place, sites, latents: sites)
-    before = [len(segment.outputs) for segment in partition_of(found).segments if segment.site is None]
+    before = [len(segment.outputs) for segment in partition_of(build()).segments if segment.site is None]
     assert sum(crossing) < sum(before) - len(crossing)
 
 
