@@ -82,26 +82,13 @@ def attend(
     scale: float | None,
     *,
     refresh: bool,
-) -> tuple[Tensor, ...]:
-    """The two operators, see :class:`difa_fx.window_ops.Attend`; of CPU tensors in Triton's interpreter only."""
-    traced = TRACED if q.device.type == "cpu" else None
-    return attend_in(traced, q, k, v, residual, window, text, scale, refresh=refresh)
-
-
-def attend_in(
-    sizes: Blocks | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    residual: Tensor | None,
-    window: int,
-    text: Sequence[int],
-    scale: float | None,
-    *,
-    refresh: bool,
     maps: bool = True,
 ) -> tuple[Tensor, ...]:
-    """:func:`attend` in blocks of such sizes, or those that the autotuner finds; with tensor maps only if ``maps``."""
+    """The two operators, see :class:`difa_fx.window_ops.Attend`; of CPU tensors in Triton's interpreter only.
+
+    Blocks are of the sizes that the autotuner finds.  ``maps``: whether tiles may be loaded through tensor maps.
+    """
+    traced = q.device.type == "cpu"
     batch, heads, tokens, width = q.shape
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     residual = None if residual is None else residual.contiguous()
@@ -120,12 +107,12 @@ def attend_in(
         block = meta["BLOCK_M"]
         return (batch * heads * (-(-(tokens - sum(text)) // block) + -(-sum(text) // block)),)
 
-    if sizes is None:
+    if not traced:
         kernel = _tuned(width, refresh, maps)
     else:
         from difa_fx.cuda_kernels import near_kernel as kernel
 
-        settings |= dict(zip(("BLOCK_M", "BLOCK_L", "num_warps", "num_stages", "maxnreg"), sizes, strict=True))
+        settings |= dict(zip(("BLOCK_M", "BLOCK_L", "num_warps", "num_stages", "maxnreg"), TRACED, strict=True))
     tiles = [
         _tiles(t, size, settings.get("BLOCK_L", 16)) if maps and size else None for t in (k, v) for size in (head, tail)
     ]

@@ -17,6 +17,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
+from difa_fx import cuda_window
 from difa_fx.banded import like_attention
 
 PACKAGES: Final = ("flash_attn_interface", "flash_attn")
@@ -32,8 +33,7 @@ flash_window = torch.ops.difa.flash_window.default
 
 def fits(like: Tensor, grid: Sequence[int], text: Sequence[int]) -> bool:
     """Whether FlashAttention is for such tensors and windows."""
-    half = like.dtype in (torch.float16, torch.bfloat16)
-    return half and like.device.type == "cuda" and len(grid) == 1 and not any(text)
+    return cuda_window.fits(like, grid) and not any(text)
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from torch import Tensor, fx
 from difa_fx import attention
 from difa_fx.kernel_race import chosen_kernel
 from difa_fx.passes.attention_call import AttentionCall
-from difa_fx.passes.graph_tools import evaluate, tensor_of
+from difa_fx.passes.graph_tools import evaluate, shape_of, tensor_of
 from difa_fx.passes.sites import AttentionSite
 from difa_fx.plan import Method, Window
 
@@ -128,8 +128,7 @@ def _windowed(
     grid, size = ((tokens,), (window,)) if isinstance(window, int) else (window.grid, window.size)
     shape: dict[str, Any] = {"grid": grid, "size": size, "text": site.text}
     masked = mask is not None
-    sizes = [int(size) for size in q.meta["val"].shape]
-    chosen = chosen_kernel(kernel, like=like, sizes=sizes, masked=masked, refresh=refresh, **shape)
+    chosen = chosen_kernel(kernel, like=like, sizes=shape_of(q), masked=masked, refresh=refresh, **shape)
     at_once = refresh and attention.refreshes_at_once(chosen, like=like)
     make = attention.refresh_tensors if at_once else attention.window_tensors
     name = "_".join(map(str, ("refresh" if at_once else "window", *grid, *size, *site.text)))

@@ -17,7 +17,7 @@ import torch
 from oracle import dense_attention
 from torch import Tensor
 
-from difa_fx.cuda_window import TRACED, attend_in
+from difa_fx.cuda_window import attend as attend_window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ def errors(case: Case) -> dict[str, float]:
         dense_attention(*exact, scale=scale, window=window, text=case.text).transpose(1, 2)
         for window in (case.window, None)
     )
-    attend = functools.partial(attend_in, TRACED, maps=case.maps)
+    attend = functools.partial(attend_window, maps=case.maps)
     stored = torch.randn(windowed.shape, generator=torch.Generator().manual_seed(1)).to(q.dtype)
     (near,) = attend(q, k, v, stored if case.residual else None, case.window, text, scale, refresh=False)
     full, missed = attend(q, k, v, None, case.window, text, scale, refresh=True)

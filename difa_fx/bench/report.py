@@ -17,7 +17,7 @@ each round's ratio, with the least and the largest in brackets.
 - **operations kept**: the attention's matrix products and its projections, as a share of uncompressed attention's.
 - **ideal**: the step if time went with those operations: Inductor's step, less the part left out of the attention's
   time. That time is the attention modules' (projections, attention, output projection), compiled by Inductor by
-  themselves and run in the same rounds, on CUDA as a CUDA graph.
+  themselves and run in the same rounds, on CUDA as a CUDA graph if short.
 - **saving efficiency**: (full - row) / (full - ideal). `Inductor` takes uncompressed Inductor's step for full,
   `difa full` difa_fx's own step with full attention at every site.
 - **residual**: a step that also writes the residual, over the same step without.

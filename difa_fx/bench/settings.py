@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import torch
 
-from difa_fx._torch import inductor_mode
+from difa_fx._torch import inductor_mode, uses_cuda_graphs
 from difa_fx.compile import COMPILERS
 from difa_fx.errors import OptionError
 from difa_fx.plan import Method, Plan
@@ -159,7 +159,7 @@ class Settings:
 
 def uses_graphs(mode: str | None) -> bool:
     """Whether torch's ``mode`` stands for CUDA graphs, among other things."""
-    return bool(inductor_mode(mode).get("triton.cudagraphs", False))
+    return uses_cuda_graphs(inductor_mode(mode))
 
 
 def without_graphs(mode: str | None) -> str | None:
