@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from difa_fx._torch import BoxedPiece, begin_lowering, deferred_kernels, trace_aten
 from difa_fx.attention import window_attention, window_residual
+from difa_fx.passes.autocast import without_autocast
 from difa_fx.passes.partition import Segment
 from difa_fx.passes.rewrite import RewriteSettings, VariantGraph, rewrite
 from difa_fx.schedule import SiteAction
@@ -59,6 +60,11 @@ class PieceCompiler:
             if (segment.signature, action) not in self.pieces:
                 missing.setdefault((segment.signature, action), segment)
         started = time.perf_counter()
+        with without_autocast():
+            self._compile(missing)
+        self.seconds += time.perf_counter() - started
+
+    def _compile(self, missing: Mapping[PieceKey, Segment]) -> None:
         variants = {key: rewrite(segment, key[1], self.settings) for key, segment in missing.items()}
         begun = {key: self._begin(variant) for key, variant in variants.items()}
         bar = tqdm(missing.items(), desc="difa: compile", unit="piece", disable=None, leave=False)
@@ -67,7 +73,6 @@ class PieceCompiler:
             for key, segment in bar:
                 bar.set_postfix_str(f"{segment.name} {key[1] or ''}"[:60])
                 self.pieces[key] = begun[key]()
-        self.seconds += time.perf_counter() - started
 
     def piece(self, segment: Segment, action: SiteAction | None) -> Piece:
         """The piece for ``segment`` under ``action``, which :meth:`compile_all` has made."""

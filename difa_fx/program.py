@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from difa_fx.attention import cfg_half, cfg_shared
 from difa_fx.compile import Piece, PieceCompiler
+from difa_fx.passes.autocast import without_autocast
 from difa_fx.passes.graph_tools import output_values, placeholders
 from difa_fx.passes.partition import Partition, Segment
 from difa_fx.passes.rewrite import residual_axis
@@ -155,6 +156,10 @@ class ProgramBuilder:
 
     def run(self, calls: Iterable[Call], slots: list[Any], state: State) -> None:
         """Run ``calls`` in order; ``slots`` and ``state`` are changed."""
+        with without_autocast():
+            self._run(calls, slots, state)
+
+    def _run(self, calls: Iterable[Call], slots: list[Any], state: State) -> None:
         for call in calls:
             results = _results(call, slots, state)
             for key, value in _state_of(call, results):

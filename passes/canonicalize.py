@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from difa_fx._torch import export_aten, fake_inputs, is_static_input, new_fake_mode
+from difa_fx._torch import export_functional, fake_inputs, is_static_input, new_fake_mode, trace_functional
 from difa_fx.errors import GraphError
-from difa_fx.passes.graph_tools import arg, evaluate, output_values, placeholders, remove_dead
+from difa_fx.passes.autocast import spell_out_autocast, without_autocast
+from difa_fx.passes.graph_tools import arg, evaluate, is_write, output_values, placeholders, remove_dead
+from difa_fx.passes.retrace import retrace
 
 aten = torch.ops.aten
 
@@ -68,7 +70,7 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
         fakes = fake_inputs(inputs, new_fake_mode())
     if not any(isinstance(value, Tensor) for value in fakes):
         raise GraphError("the graph has no tensor input", where="canonicalize")
-    exported, written = export_aten(gm, fakes)
+    exported, written = _exported(gm, fakes)
     if written:
         raise GraphError(
             "the denoiser writes to its own buffers or inputs",
@@ -79,6 +81,7 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
         )
     owned = len(placeholders(exported.graph)) - len(fakes)
     graph = exported.graph
+    spell_out_autocast(graph)
     for node in list(graph.nodes):
         if node.target in _ASSERTIONS:
             graph.erase_node(node)
@@ -86,7 +89,8 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
             # The same on what is here, and still right when a rewrite gives its input another layout.
             node.target = aten.reshape.default
     _fold_noops(graph)
-    _unfold_linears(graph)
+    with without_autocast():
+        _unfold_linears(graph)
     remove_dead(graph)
     graph.lint()
     exported.recompile()
@@ -96,6 +100,15 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
         sources=(*(f"graph constant {i}" for i in range(owned)), *sources),
         static=tuple(static),
     )
+
+
+def _exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, list[str]]:
+    """Functional ATen graph of ``gm`` and the inputs that it writes to, the cheapest way there is."""
+    if not any(is_write(node) for node in gm.graph.nodes):
+        traced = retrace(gm, fakes) or trace_functional(gm, fakes)
+        if traced is not None:
+            return traced, []
+    return export_functional(gm, fakes)
 
 
 def _fold_noops(graph: fx.Graph) -> None:

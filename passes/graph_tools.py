@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -157,6 +158,15 @@ def axis_order(node: fx.Node) -> list[int]:
     one, other = (0, 1) if node.target is torch.ops.aten.t.default else (arg(node, name) for name in names)
     order[one], order[other] = order[other], order[one]
     return order
+
+
+def is_write(node: fx.Node) -> bool:
+    """Whether a node of Dynamo's graph is known to write to its input; a trace may find others."""
+    method = str(node.target) if node.op == "call_method" else ""
+    return node.target in _IN_PLACE or (method.endswith("_") and not method.endswith("__"))
+
+
+_IN_PLACE = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow}
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:

@@ -12,7 +12,7 @@ read, inside the kernels that read it::
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -65,7 +65,7 @@ def sink(
     """
     if latents is None:
         return list(sites)
-    axes = [dict(site.axes) for site in sites]
+    copies: list[dict[fx.Node, fx.Node]] = [{} for _ in sites]
     moving = descendants([latents])
     made: set[fx.Node] = set()
     for node in reversed(list(calls(graph))):
@@ -74,20 +74,31 @@ def sink(
         for number, readers in _readers(node, place).items():
             if number % 2 and node in sites[number // 2].sources:
                 continue
-            with graph.inserting_before(node):
-                copied = graph.node_copy(node)
+            copied = _copy_for(node, readers)
             made.add(copied)
             place[copied] = number
-            for reader in readers:
-                reader.replace_input_with(node, copied)
-            for known in axes:
-                if node in known:
-                    known[copied] = known[node]
+            if number % 2:
+                copies[number // 2][node] = copied
         if not node.users:
             graph.erase_node(node)
             del place[node]
     _settle(graph, made)
-    return [replace(site, axes=known) for site, known in zip(sites, axes, strict=True)]
+    return [_reading(site, copied) for site, copied in zip(sites, copies, strict=True)]
+
+
+def _copy_for(node: fx.Node, readers: Sequence[fx.Node]) -> fx.Node:
+    """A copy of ``node`` that ``readers`` read in its place."""
+    with node.graph.inserting_before(node):
+        copied = node.graph.node_copy(node)
+    for reader in readers:
+        reader.replace_input_with(node, copied)
+    return copied
+
+
+def _reading(site: AttentionSite, copies: Mapping[fx.Node, fx.Node]) -> AttentionSite:
+    """``site`` with what was copied into its region; a mask may be."""
+    axes = {copied: site.axes[node] for node, copied in copies.items() if node in site.axes}
+    return replace(site, axes={**site.axes, **axes}, call=site.call.moved(copies))
 
 
 def _settle(graph: fx.Graph, made: set[fx.Node]) -> None:
