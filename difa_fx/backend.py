@@ -71,6 +71,8 @@ def difa(
         _refuse_wrapped(gm, example_inputs)
         if parsed.compiler == "inductor" and any(_on_cpu(value) for value in example_inputs):
             cpu_codegen()
+        if not any(isinstance(value, Tensor) for value in example_inputs):
+            return _without_plan(gm, example_inputs, parsed)  # a table of constants, say: there is no latent to follow
         compilation = compilation_for(options, parsed)
         compilation.broken |= breaks_graph(gm)
         graph = CompiledGraph(gm, example_inputs, compilation)
@@ -92,7 +94,11 @@ class CompiledGraph:
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph; compiles first when its input sizes are new."""
-        return self.runner_for(args)(*args)
+        runner = self.runner_for(args)
+        outputs = runner(*args)
+        for position, value in zip(runner.written, outputs, strict=False):
+            args[position].copy_(value)
+        return outputs[len(runner.written) :]
 
     def runner_for(self, args: Sequence[Any]) -> Runner:
         """The runner for the sizes of ``args``."""
@@ -137,6 +143,7 @@ def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str
         owner_position=owner_position,
         clock_of=compilation.clock_of,
         strict=options.strict,
+        written=canonical.written,
         company=compilation,
         graphs=graphs_for(inputs, static) if uses_cuda_graphs(options.inductor) else None,
     )
@@ -187,7 +194,8 @@ def _refuse_single_block(plan: Plan, paths: Sequence[str]) -> None:
             allowed="the whole denoiser in one torch.compile call",
             todo="instead of compile_repeated_blocks call denoiser.compile(backend='difa', options={'plan': ...}) or "
             "difa_fx.attach(pipe, plan): equal layers are compiled once there, too; FSDP's fully_shard makes Dynamo "
-            "compile block by block: give each device the whole denoiser and a share of the prompts",
+            "compile block by block: give each device the whole denoiser and a share of the prompts; so does a forward "
+            "that Dynamo cannot trace to its end, such as one that drops padding: TORCH_LOGS=graph_breaks says where",
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from difa_fx._torch import apart_from_dynamo, input_sources
@@ -106,6 +106,8 @@ def inspect(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 def report(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphReport:
     """What is found in one of Dynamo's graphs; ``inputs`` has a value for each placeholder."""
+    if not any(isinstance(value, Tensor) for value in inputs):
+        return GraphReport((), (), 0, 0, 0, None, None)
     canonical = canonicalize(gm, inputs, sources=input_sources(gm))
     found = find_attention(canonical)
     flops = _flops(canonical)

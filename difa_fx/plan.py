@@ -317,7 +317,8 @@ class Plan:
             "sites",
             "; ".join(hints),
             f"{len(found)} sites: {', '.join(known)}" if known else "none: no site was found",
-            "list the denoiser's sites with `difa inspect`; the plan may be for another model",
+            "list the denoiser's sites with `difa inspect`; the plan may be for another model"
+            + ("" if known else ", or Dynamo compiles its modules one by one (see TORCH_LOGS=graph_breaks)"),
         )
 
     def __str__(self) -> str:

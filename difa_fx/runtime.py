@@ -80,10 +80,12 @@ class Runner:
         owner_position: int | None,
         clock_of: Callable[[object], Clock],
         strict: bool,
+        written: tuple[int, ...] = (),
         company: Company | None = None,
         graphs: GraphMaker | None = None,
     ) -> None:
         self.attention, self.partition, self.schedule = attention, partition, schedule
+        self.written = written
         self._compiler, self._strict = compiler, strict
         self._owner_position, self._clock_of = owner_position, clock_of
         self._company, self._make_graphs = company or Alone(), graphs
@@ -104,6 +106,8 @@ class Runner:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """One call of the denoiser with the graph's inputs; gives the graph's outputs."""
         self.calls += 1
+        if self._company.broken and not self._sites and self.attention.inputs.timestep is None:
+            return self._builder.run_program(self.programs[0], args, {})  # it may come before the timestep is known
         session = self._session(args)
         reading = self._timestep.begin(args)
         ahead = self._launch_ahead(session, args)
@@ -263,19 +267,16 @@ class Runner:
 
     def _check_halves(self, args: Sequence[Any]) -> None:
         """A CFG batch holds the same latents twice; anything else must not share a half."""
-        position = self.attention.inputs.latents
-        latents = args[position] if position is not None else None
-        if latents is None:
-            return
-        first, second = latents.chunk(2)
-        if not torch.equal(first, second):
-            raise CFGError(
-                "the plan shares the conditional half of the batch, but the two halves hold different latents",
-                where="first step of a generation",
-                got=f"a batch of {latents.shape[0]} that is not the same latents twice",
-                allowed="latents repeated for the conditional and the unconditional half",
-                todo="turn classifier-free guidance on, or use a plan without '+cfg' methods",
-            )
+        for position in self.attention.inputs.samples:
+            first, second = args[position].chunk(2)
+            if not torch.equal(first, second):
+                raise CFGError(
+                    "the plan shares the conditional half of the batch, but the two halves hold different latents",
+                    where="first step of a generation",
+                    got=f"a batch of {args[position].shape[0]} that is not the same latents twice",
+                    allowed="latents repeated for the conditional and the unconditional half",
+                    todo="turn classifier-free guidance on, or use a plan without '+cfg' methods",
+                )
 
     def _run(self, call: int, args: Sequence[Any], session: Session, ahead: Launched | None) -> tuple[Any, ...]:
         if session.graphs is None:

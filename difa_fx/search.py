@@ -290,8 +290,18 @@ class Backend:
     def _graph(
         self, gm: fx.GraphModule, args: Sequence[Any], sources: Sequence[str]
     ) -> SearchGraph | Callable[..., Any]:
+        if not any(isinstance(value, Tensor) for value in args):
+            return compile_inductor(gm, args, {})
         canonical = canonicalize(gm, args, sources=sources)
         attention = find_attention(canonical)
+        if canonical.written and attention.sites:
+            raise CalibrationError(
+                "the denoiser writes to its inputs, and a trial would run on what the one before wrote",
+                where="calibrate",
+                got=", ".join(sources[position] for position in canonical.written),
+                allowed="a denoiser whose forward only reads, or a plan made by hand",
+                todo="look for graph breaks with TORCH_LOGS=graph_breaks: it may write to what it made before one",
+            )
         if not attention.sites:
             return compile_inductor(gm, args, {})
         if self.graph is not None:

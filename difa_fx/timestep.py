@@ -36,7 +36,7 @@ class TimestepReader:
             with torch.inference_mode(False):
                 self._place = torch.empty(1, dtype=value.dtype, pin_memory=True)
             self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._place.copy_(value.reshape(-1)[:1], non_blocking=True)
+        self._place.copy_(value.reshape(-1)[-1:], non_blocking=True)
         self._there.record()
         return self._read
 

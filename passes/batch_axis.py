@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from difa_fx.passes.graph_tools import arg, axis_order, shape_of, tensor_inputs, tensor_of
+from difa_fx.passes.graph_tools import arg, axis_order, shape_of, takes_dtype_alone, tensor_inputs, tensor_of
 from difa_fx.passes.opaque_attention import is_opaque_attention
 
 aten = torch.ops.aten
@@ -64,7 +64,7 @@ def follow(node: fx.Node, axes: Axes) -> Step | None:
     Raises:
         LostBatchError: no rule covers the operation, or the operation mixes samples of the batch.
     """
-    if not any(source in axes for source in node.all_input_nodes):
+    if not any(source in axes and not takes_dtype_alone(node, source) for source in node.all_input_nodes):
         return None
     rule = _RULES.get(node.target)
     if rule is None:
@@ -147,7 +147,6 @@ def _align(node: fx.Node, sources: Sequence[fx.Node], axes: Axes, from_right: in
     aten.contiguous.default,
     aten.detach.default,
     aten.dropout.default,
-    aten.type_as.default,
     aten.copy.default,
     aten.empty_like.default,
     aten.zeros_like.default,
@@ -310,6 +309,13 @@ def _scatter(node: fx.Node, axes: Axes) -> Step:
     return Step(axis, {n: a for n, a in expected.items() if n not in axes})
 
 
+@_rule(aten.type_as.default)
+def _cast(node: fx.Node, axes: Axes) -> Step:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return Step(axes[source])
+
+
 @_rule(aten.linear.default)
 def _linear(node: fx.Node, axes: Axes) -> Step:
     source, axis = _only_lead(node, axes)
@@ -382,6 +388,9 @@ def _norm(node: fx.Node, axes: Axes) -> Step:
     aten.conv3d.default,
     aten.conv2d.padding,
     aten.conv1d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
     aten.upsample_nearest2d.vec,
     aten.upsample_bilinear2d.vec,
     aten.avg_pool2d.default,

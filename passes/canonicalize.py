@@ -38,11 +38,14 @@ class CanonicalGraph:
         gm: the graph; every node's ``meta["val"]`` is a fake tensor.
         sources: Dynamo's name of each placeholder, in order.
         static: for each placeholder, whether it is a parameter or buffer of the denoiser.
+        written: positions among Dynamo's inputs of those that the graph writes to.  It yields what to write, in this
+            order, before its own outputs: whoever calls it writes.
     """
 
     gm: fx.GraphModule
     sources: tuple[str, ...]
     static: tuple[bool, ...]
+    written: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(placeholders(self.gm.graph))
@@ -64,23 +67,27 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
         sources: Dynamo's name of each placeholder.
 
     Raises:
-        GraphError: the graph writes to its inputs, which a plan cannot replay.
+        GraphError: the graph writes to parameters or buffers, which a plan cannot replay, or has sizes that depend
+            on values.
     """
     with torch.no_grad():
         fakes = fake_inputs(inputs, new_fake_mode())
     if not any(isinstance(value, Tensor) for value in fakes):
         raise GraphError("the graph has no tensor input", where="canonicalize")
     exported, written = _exported(gm, fakes)
-    if written:
+    owned = len(placeholders(exported.graph)) - len(fakes)
+    static = [True] * owned + [is_static_input(value) for value in inputs]
+    positions = [i for name in written for i, node in enumerate(placeholders(exported.graph)) if node.name == name]
+    if len(positions) < len(written) or any(static[position] for position in positions):
         raise GraphError(
-            "the denoiser writes to its own buffers or inputs",
+            "the denoiser writes to its own parameters or buffers",
             where="canonicalize",
             got=written,
             allowed="a denoiser whose forward only reads",
             todo="put the module in eval mode, or compile it without a plan",
         )
-    owned = len(placeholders(exported.graph)) - len(fakes)
     graph = exported.graph
+    _refuse_unknown_sizes(graph)
     spell_out_autocast(graph)
     for node in list(graph.nodes):
         if node.target in _ASSERTIONS:
@@ -94,11 +101,11 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
     remove_dead(graph)
     graph.lint()
     exported.recompile()
-    static = [True] * owned + [is_static_input(value) for value in inputs]
     return CanonicalGraph(
         gm=exported,
         sources=(*(f"graph constant {i}" for i in range(owned)), *sources),
         static=tuple(static),
+        written=tuple(position - owned for position in positions),
     )
 
 
@@ -109,6 +116,22 @@ def _exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule,
         if traced is not None:
             return traced, []
     return export_functional(gm, fakes)
+
+
+def _refuse_unknown_sizes(graph: fx.Graph) -> None:
+    """Raise GraphError where a tensor's size depends on values: a plan is for sizes known before the run."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape):
+            raise GraphError(
+                "the size of a tensor depends on values, so it is not known before the run",
+                where=f"{node.name} ({node.target})",
+                got=f"shape {tuple(value.shape)}",
+                allowed="sizes that follow from those of the inputs",
+                todo="let the denoiser mask tokens instead of dropping them, or give it samples without padding; "
+                "with torch._dynamo.config.capture_dynamic_output_shape_ops and capture_scalar_outputs off, which "
+                "they are by default, Dynamo breaks the graph there",
+            )
 
 
 def _fold_noops(graph: fx.Graph) -> None:

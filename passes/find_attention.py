@@ -58,9 +58,10 @@ def _prepare(canonical: CanonicalGraph, inputs: DenoiserInputs, calls: Iterable[
     graph = canonical.gm.graph
     nodes = placeholders(graph)
     dynamic = [n for n in nodes if n not in canonical.parameters]
-    roots = dynamic if inputs.latents is None else [nodes[inputs.latents]]
+    roots = [nodes[position] for position in inputs.samples] or dynamic
     batched = inputs.latents is not None and inputs.batch is not None and inputs.batch > 1
-    axes, lost = batch_axes(graph, {roots[0]: 0}) if batched else ({}, {})
+    seeds = {root: 0 for root in roots if shape_of(root)[0] == inputs.batch} if batched else {}
+    axes, lost = batch_axes(graph, seeds)
     changing, stream = descendants(dynamic), descendants(roots, values=True)
     return Search(
         stream=stream,
@@ -173,7 +174,9 @@ def _source_axes(sources: tuple[fx.Node, ...], search: Search) -> dict[fx.Node, 
         raise LostBatchError(sources[0], f"a batch of {search.batch} has no two halves")
     axes = {source: search.axes[source] for source in sources if source in search.axes}
     if not axes:
-        raise search.lost.get(sources[0]) or LostBatchError(sources[0], "the batch axis is not known here")
+        behind = ancestors(sources)
+        ends = (error for node, error in search.lost.items() if node in behind)
+        raise next(ends, LostBatchError(sources[0], "the batch axis is not known here"))
     return {source: 0 for source in sources if shape_of(source)[0] == search.batch} | axes
 
 

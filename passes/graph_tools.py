@@ -118,7 +118,12 @@ def descendants(roots: Iterable[fx.Node], *, values: bool = False) -> set[fx.Nod
 
 def _takes_shape_alone(user: fx.Node, node: fx.Node) -> bool:
     overwritten = user.target is torch.ops.aten.copy.default and user.args[1] is not node
-    return overwritten or user.target in _SHAPED_LIKE
+    return overwritten or user.target in _SHAPED_LIKE or takes_dtype_alone(user, node)
+
+
+def takes_dtype_alone(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` casts another tensor to the dtype of ``node``, and reads nothing else of it."""
+    return user.target is torch.ops.aten.type_as.default and user.args[0] is not node
 
 
 def ancestors(roots: Iterable[fx.Node]) -> set[fx.Node]:

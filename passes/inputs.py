@@ -5,11 +5,14 @@ Read off names, shapes and dtypes of the placeholders; parameters and buffers ar
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from difa_fx.passes.canonicalize import CanonicalGraph
@@ -27,6 +30,7 @@ _TIMESTEP_NAMES = (
 )
 _LATENT_NAMES = ("hidden_states", "sample", "latents", "latent_model_input", "x", "img", "z")
 _LABEL = re.compile(r"label|class|guidance|style|^y$")
+_CONDITION = re.compile(r"encoder|context|text|txt|prompt|caption|cond|embed|mask")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
 
@@ -36,20 +40,30 @@ class DenoiserInputs:
 
     Attributes:
         latents: position of the noisy sample, or None.
-        timestep: position of the step's time, a scalar or one value a sample; or None.
+        timestep: position of the step's time, a scalar, one value a sample, or one a frame or token; or None.
         batch: first size of the latents, or None.
+        others: positions of further noisy samples, where a denoiser has several: sound beside a video.
     """
 
     latents: int | None
     timestep: int | None
     batch: int | None
+    others: tuple[int, ...] = ()
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """Positions of all noisy samples; the latents are the first."""
+        return () if self.latents is None else (self.latents, *self.others)
 
     def time(self, args: Sequence[Any]) -> float | None:
-        """The timestep among the arguments of a call; None where the graph has none."""
+        """The timestep among the arguments of a call; None where the graph has none.
+
+        Where frames or tokens have their own, it is the last one's: what is given, and clean, comes first.
+        """
         if self.timestep is None:
             return None
         value = args[self.timestep]
-        return float(value.reshape(-1)[0]) if isinstance(value, Tensor) else float(value)
+        return float(value.reshape(-1)[-1]) if isinstance(value, Tensor) else float(value)
 
 
 def denoiser_inputs(canonical: CanonicalGraph) -> DenoiserInputs:
@@ -59,7 +73,8 @@ def denoiser_inputs(canonical: CanonicalGraph) -> DenoiserInputs:
     names = [source_name(source) for source in canonical.sources]
     latents = _latents(canonical, nodes, names, dynamic)
     batch = int(nodes[latents].meta["val"].shape[0]) if latents is not None else None
-    return DenoiserInputs(latents, _timestep(nodes, names, dynamic, batch), batch)
+    others = () if latents is None else _others(canonical, nodes, names, dynamic, latents)
+    return DenoiserInputs(latents, _timestep(nodes, names, dynamic, batch, latents), batch, others)
 
 
 def source_name(source: str) -> str:
@@ -71,34 +86,70 @@ def source_name(source: str) -> str:
 
 
 def _latents(canonical: CanonicalGraph, nodes: list[fx.Node], names: list[str], dynamic: list[int]) -> int | None:
-    outputs = [v for v in output_values(canonical.gm.graph) if isinstance(v, fx.Node) and tensor_of(v) is not None]
+    results = output_values(canonical.gm.graph)[len(canonical.written) :]
+    outputs = [v for v in results if isinstance(v, fx.Node) and tensor_of(v) is not None]
     shapes = [tuple(v.meta["val"].shape) for v in outputs]
 
-    def rank(position: int) -> tuple[int, int, int]:
-        shape = tuple(nodes[position].meta["val"].shape)
-        alike = any(
+    def alike(shape: tuple[int, ...]) -> bool:
+        return any(
             len(shape) == len(s) and shape[0] == s[0] and sum(a != b for a, b in zip(shape, s, strict=True)) <= 1
             for s in shapes
         )
-        named = names[position] in _LATENT_NAMES
-        return (-int(alike), -int(named), position)
+
+    def classified(shape: tuple[int, ...]) -> bool:
+        """Whether an output has one axis more, behind the batch: a score for each token of a codebook."""
+        return any(shape == (*s[:axis], *s[axis + 1 :]) for s in shapes for axis in range(1, len(s)))
+
+    def rank(position: int) -> tuple[int, int, int]:
+        value = nodes[position].meta["val"]
+        fits = (alike if value.is_floating_point() else classified)(tuple(value.shape))
+        return (-int(fits), -int(names[position] in _LATENT_NAMES), position)
 
     candidates = []
     for position in dynamic:
         value = tensor_of(nodes[position])
-        if value is not None and value.is_floating_point() and value.ndim >= 3:
+        if value is None:
+            continue
+        tokens = value.dtype in (torch.int32, torch.int64) and value.ndim >= 2 and classified(tuple(value.shape))
+        if tokens or (value.is_floating_point() and value.ndim >= 3):
             candidates.append(position)
     return min(candidates, key=rank, default=None)
 
 
-def _timestep(nodes: list[fx.Node], names: list[str], dynamic: list[int], batch: int | None) -> int | None:
-    fitting = []
+def _others(
+    canonical: CanonicalGraph, nodes: list[fx.Node], names: list[str], dynamic: list[int], latents: int
+) -> tuple[int, ...]:
+    """Each result but the first that has the shape of an input, other than the latents and no condition: that input."""
+    batch = nodes[latents].meta["val"].shape[0]
+    found: list[int] = []
+    for result in output_values(canonical.gm.graph)[len(canonical.written) + 1 :]:
+        value = tensor_of(result) if isinstance(result, fx.Node) else None
+        if value is None or value.ndim < 3 or value.shape[0] != batch or not value.is_floating_point():
+            continue
+        for position in dynamic:
+            given = tensor_of(nodes[position])
+            known = position == latents or position in found or _CONDITION.search(names[position])
+            if given is not None and given.shape == value.shape and given.is_floating_point() and not known:
+                found.append(position)
+                break
+    return tuple(found)
+
+
+def _timestep(
+    nodes: list[fx.Node], names: list[str], dynamic: list[int], batch: int | None, latents: int | None
+) -> int | None:
+    fitting, many = [], []
     for position in dynamic:
         value = tensor_of(nodes[position])
-        if value is not None and not value.is_complex() and value.ndim <= 1 and value.numel() in (1, batch):
+        if value is None or value.is_complex():
+            continue
+        known = batch is None and names[position] in _TIMESTEP_NAMES
+        if value.ndim <= 1 and (value.numel() in (1, batch) or known):
             fitting.append(position)
-    for name in _TIMESTEP_NAMES:
-        named = [position for position in fitting if names[position] == name]
+        elif latents is not None and _is_spread(value, tensor_of(nodes[latents])):
+            many.append(position)
+    for name, few in itertools.product(_TIMESTEP_NAMES, (fitting, many)):
+        named = [position for position in few if names[position] == name]
         if named:
             return named[0]
     others = [p for p in fitting if not _LABEL.search(names[p])]
@@ -106,3 +157,15 @@ def _timestep(nodes: list[fx.Node], names: list[str], dynamic: list[int], batch:
         return others[0]
     floating = [p for p in others if nodes[p].meta["val"].is_floating_point()]
     return floating[0] if len(floating) == 1 else None
+
+
+def _is_spread(value: Tensor, latents: Tensor | None) -> bool:
+    """Whether ``value`` has one number a frame of a video, or a token, which an embedding of the timestep has not."""
+    if latents is None or value.ndim < 2 or latents.ndim not in (3, 5):
+        return False
+    batch, *sizes = value.shape
+    count = max(sizes)
+    if batch not in (1, latents.shape[0]) or value.numel() != batch * count:
+        return False
+    given = latents.shape
+    return count == given[1] if len(given) == 3 else count in given[1:3] or math.prod(given[2:]) % count == 0

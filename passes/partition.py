@@ -93,7 +93,7 @@ def partition(canonical: CanonicalGraph, sites: Sequence[AttentionSite]) -> Part
     place = _assign(graph, [_closed_region(site) for site in sites])
     merged = _hoist_shared(graph, place)
     sites = [replace(site, call=site.call.moved(merged)) for site in sites]
-    sites = sink(graph, place, sites, _latents(canonical))
+    sites = sink(graph, place, sites, _samples(canonical))
     _sort(graph, place)
     returned = {node for node in output_values(graph) if isinstance(node, fx.Node)}
     members: dict[int, list[fx.Node]] = {}
@@ -111,9 +111,9 @@ def partition(canonical: CanonicalGraph, sites: Sequence[AttentionSite]) -> Part
     return Partition(tuple(segments))
 
 
-def _latents(canonical: CanonicalGraph) -> fx.Node | None:
-    position = denoiser_inputs(canonical).latents
-    return None if position is None else placeholders(canonical.gm.graph)[position]
+def _samples(canonical: CanonicalGraph) -> list[fx.Node]:
+    nodes = placeholders(canonical.gm.graph)
+    return [nodes[position] for position in denoiser_inputs(canonical).samples]
 
 
 def _closed_region(site: AttentionSite) -> set[fx.Node]:

@@ -51,7 +51,7 @@ _SMALL: Final = 2**20
 
 
 def sink(
-    graph: fx.Graph, place: dict[fx.Node, int], sites: Sequence[AttentionSite], latents: fx.Node | None
+    graph: fx.Graph, place: dict[fx.Node, int], sites: Sequence[AttentionSite], latents: Sequence[fx.Node]
 ) -> list[AttentionSite]:
     """Move what is small and cheap in trunks to its readers, each of which gets a copy; gives the sites anew.
 
@@ -61,12 +61,12 @@ def sink(
         graph: edited in place.
         place: the segment of each node: even for trunks, odd for regions; kept up to date.
         sites: one a region, in order.
-        latents: their placeholder; None where it is not known, and then nothing moves.
+        latents: their placeholders; none where they are not known, and then nothing moves.
     """
-    if latents is None:
+    if not latents:
         return list(sites)
     copies: list[dict[fx.Node, fx.Node]] = [{} for _ in sites]
-    moving = descendants([latents])
+    moving = descendants(latents)
     made: set[fx.Node] = set()
     for node in reversed(list(calls(graph))):
         if place[node] % 2 or node in moving or not _is_cheap(node):

@@ -58,7 +58,7 @@ def test_without_the_latents_nothing_moves() -> None:
     graph = fx.Graph()
     graph.output(graph.placeholder("x"))
     place: dict[fx.Node, int] = {}
-    assert sinking.sink(graph, place, [], None) == []
+    assert sinking.sink(graph, place, [], ()) == []
 
 
 @pytest.mark.parametrize("build", [lambda: dit(layers=3, cfg_order="uncond_first"), pixart])

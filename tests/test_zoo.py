@@ -12,7 +12,7 @@ from typing import Any
 import coverage_table
 import pytest
 import torch
-from compiled import make_plan, run, same_input
+from compiled import compiled, make_plan, run, same_input
 from drawn_plans import plans
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -52,9 +52,15 @@ MIXED_CFG = [
 THOROUGH = (
     *("pixart_sigma", "sd35", "flux2", "chroma", "auraflow", "cogview4", "qwen_image", "hunyuan_dit", "lumina_next"),
     *("z_image", "cogvideox", "cogvideox_rotary", "allegro", "hunyuan_video", "stable_audio"),
+    *("ltx2", "cosmos", "cosmos2", "wan_i2v", "wan_ti2v", "skyreels", "wan_vace", "consisid", "easyanimate"),
+    *("chronoedit", "stable_audio3", "ace_step", "longcat_audio", "kandinsky6", "sana_video", "anyflow", "helios"),
+    *("motif_video", "svd", "animatediff", "text_to_video", "i2vgen"),
     *("stdit", "stdit_fused", "stdit_ragged", "timm_bmm", "timm_bmm_bias", "timm_baddbmm", "timm_matmul_bias"),
     *("timm_matmul_scores", "timm_matmul_divide", "timm_einsum_folded", "timm_sdpa_bias", "opaque_sage_hnd"),
     *("joint_source_last", "joint_projections_first", "joint_shared_first", "mha_tokens_first", "gqa_expand"),
+    *("hidream", "kandinsky5", "bria", "bria_fibo", "cogview3plus", "hunyuan_image", "omnigen", "prx", "krea2"),
+    *("ideogram4", "joy_image", "ovis_image", "flux3", "flux3_given"),
+    *("sdxl", "ddpm_unet", "kandinsky3", "dreamlite", "amused"),
 )
 """Denoisers whose traps others have, too."""
 
@@ -194,6 +200,15 @@ def test_7_random_plans_agree_with_the_oracle(name: str) -> None:
             assert relative(ours, tensor_of(theirs)) < 5 * TIGHT, f"step {step} of {plan.methods}"
 
     agrees()
+
+
+@pytest.mark.parametrize("name", cases(("skyreels_forcing", "wan_ti2v", "cosmos2", "anyflow"), core=()))
+def test_where_frames_have_times_a_generation_begins_by_itself(name: str) -> None:
+    found = zoo_case(name)
+    model = compiled(found, make_plan(found, ["full", "cached", "window", "full"]))
+    calls = found.generation(4)
+    first = [tensor_of(model(*args, **kwargs)).clone() for args, kwargs in [*calls, *calls[:2], *calls]]
+    assert all(torch.equal(first[step], first[step + 6]) for step in range(4))
 
 
 def _uncompressed(found: Case, call: Any) -> Tensor:
