@@ -139,12 +139,10 @@ def test_compiled_pieces_do_what_inductor_does() -> None:
 
 
 def test_state_is_in_the_dtype_that_autocast_gives() -> None:
-    found = dit(layers=2)
-    plan = make_plan(found, ["full", "cached", "full"])
     sizes = {}
     for enabled in (False, True):
-        torch._dynamo.reset()
-        model = compiled(found, plan)
+        found = dit(layers=2)
+        model = compiled(found, make_plan(found, ["full", "cached", "full"]))
         with torch.no_grad(), torch.autocast("cpu", BF16, enabled=enabled):
             run(model, found.generation(1))
         sizes[enabled] = runner(model).stats.state_bytes
