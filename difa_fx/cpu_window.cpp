@@ -18,20 +18,22 @@
 
 namespace {
 
+// Queries of a strip; registers hold kStrip x kPanels vectors of scores, and kRows x kColumns of results, at the end of a
+// row as many as kLast.  There are 32 of them with AVX-512 and on ARM, 16 with AVX2.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kPanels = 3, kColumns = 4;
+constexpr int kLanes = 16, kStrip = 8, kPanels = 3, kRows = 4, kColumns = 4, kLast = 5;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kPanels = 1, kColumns = 2;
+constexpr int kLanes = 8, kStrip = 6, kPanels = 2, kRows = 6, kColumns = 2, kLast = 2;
 #else
-constexpr int kLanes = 4, kPanels = 2, kColumns = 4;
+constexpr int kLanes = 4, kStrip = 8, kPanels = 2, kRows = 4, kColumns = 4, kLast = 5;
 #endif
-constexpr int kStrip = 8;         // queries; the registers hold kStrip x kPanels vectors of scores
-constexpr int kRows = 4;          // and kRows x kColumns vectors of results, or one column more
+static_assert(kStrip % kRows == 0);
 constexpr int64_t kChunk = 1024;  // keys; a strip's scores with them stay in the first two caches
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896341f;
 
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
 inline void store(float* at, Vector value) { *reinterpret_cast<Vector*>(at) = value; }
@@ -46,38 +48,42 @@ struct Problem {
   float scale;
 };
 
-// 2^x for x <= 0, to about 2 ulp: 2^n times a polynomial on [-1/2, 1/2].
-inline float exp2_of(float x) {
-  x = std::max(x, -126.0f);
-  const float magic = 12582912.0f;
-  const float n = (x + magic) - magic;
-  const float r = x - n;
-  float p = 1.5403530e-4f;
-  p = std::fma(p, r, 1.3333558e-3f);
-  p = std::fma(p, r, 9.6181291e-3f);
-  p = std::fma(p, r, 5.5504109e-2f);
-  p = std::fma(p, r, 2.4022651e-1f);
-  p = std::fma(p, r, 6.9314718e-1f);
-  p = std::fma(p, r, 1.0f);
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+// 2^x for x <= 0, to about 2 ulp: 2^n times a polynomial on [-1/2, 1/2].  In vectors, since not every compiler finds
+// them in a loop over floats.
+inline Vector exp2_of(Vector x) {
+  const Vector least = Vector{} - 126.0f;
+  x = x < least ? least : x;  // NaN stays
+  const Vector magic = Vector{} + 12582912.0f;
+  const Vector n = (x + magic) - magic;
+  const Vector r = x - n;
+  Vector p = Vector{} + 1.5403530e-4f;
+  p = p * r + 1.3333558e-3f;
+  p = p * r + 9.6181291e-3f;
+  p = p * r + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+  const Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
+  Vector power;
   std::memcpy(&power, &bits, sizeof power);
   return p * power;
 }
 
-// A reduction by std::max is not vectorised while NaN is honoured; one lane by lane is.
+inline float exp2_of(float x) { return exp2_of(Vector{} + x)[0]; }
+
 inline float largest_of(const float* s, int64_t count) {
-  constexpr int kWide = 32;
-  float lanes[kWide];
-  std::fill_n(lanes, kWide, kNone);
-  const int64_t whole = count / kWide * kWide;
-  for (int64_t i = 0; i < whole; i += kWide) {
-#pragma omp simd
-    for (int lane = 0; lane < kWide; ++lane) lanes[lane] = s[i + lane] > lanes[lane] ? s[i + lane] : lanes[lane];
+  Vector most[2] = {Vector{} + kNone, Vector{} + kNone};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    most[0] = larger(most[0], load(s + i));
+    most[1] = larger(most[1], load(s + i + kLanes));
   }
+  most[0] = larger(most[0], most[1]);
   float largest = kNone;
-  for (int64_t i = whole; i < count; ++i) largest = std::max(largest, s[i]);
-  for (float lane : lanes) largest = std::max(largest, lane);
+  for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, most[0][lane]);
+  for (; i < count; ++i) largest = std::max(largest, s[i]);
   return largest;
 }
 
@@ -243,7 +249,7 @@ struct Worker {
       float* to = sums.values.data() + row * padded;
       for (int64_t done = 0; done < padded / kLanes;) {
         const int64_t left = padded / kLanes - done, at = done * kLanes;
-        done += by_count<kColumns + 1>(left <= kColumns + 1 ? left : kColumns, [&](auto columns) {
+        done += by_count<kLast>(left <= kLast ? left : kColumns, [&](auto columns) {
           weigh<columns()>(from, ld, v + at, padded, count, to + at, padded);
         });
       }
@@ -269,11 +275,26 @@ struct Worker {
   }
 
   static float exponentials(const float* s, float* e, int64_t count, float largest) {
+    Vector sums[2] = {Vector{}, Vector{}};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+      for (int half = 0; half < 2; ++half) {
+        const Vector value = exp2_of(load(s + i + half * kLanes) - largest);
+        store(e + i + half * kLanes, value);
+        sums[half] += value;
+      }
+    }
+    sums[0] += sums[1];
     float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < count; ++i) {
-      e[i] = exp2_of(s[i] - largest);
-      total += e[i];
+    for (int lane = 0; lane < kLanes; ++lane) total += sums[0][lane];
+    for (; i < count; i += kLanes) {
+      Vector rest = Vector{} + kNone;
+      const int64_t left = std::min<int64_t>(count - i, kLanes);
+      std::copy(s + i, s + i + left, reinterpret_cast<float*>(&rest));
+      rest = exp2_of(rest - largest);
+      const float* values = reinterpret_cast<const float*>(&rest);
+      std::copy(values, values + left, e + i);
+      for (int64_t lane = 0; lane < left; ++lane) total += values[lane];
     }
     return total;
   }

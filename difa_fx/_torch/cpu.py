@@ -46,7 +46,8 @@ def build_cpp(source: str) -> ctypes.CDLL:
     cpu_codegen()()
     asks = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters  # 2.13; before, it always has one
     settings: dict[str, Any] = {"needs_vec_isa": True} if asks else {}
-    # Inductor writes vector code itself and turns the compiler's own off.
-    load = CppCodeCache.load_async(source, extra_flags=["-ftree-loop-vectorize", "-fno-math-errno"], **settings)
+    # Inductor writes vector code itself and turns the compiler's own off, and with it products fused with sums.
+    flags = ["-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast"]
+    load = CppCodeCache.load_async(source, extra_flags=flags, **settings)
     found: ctypes.CDLL = load()
     return found
