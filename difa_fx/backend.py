@@ -36,6 +36,7 @@ from difa_fx.errors import DifaError, GradError, GraphError, PlanError
 from difa_fx.options import Options, parse_options
 from difa_fx.passes.canonicalize import canonicalize
 from difa_fx.passes.find_attention import Attention, AttentionSite, find_attention
+from difa_fx.passes.graph_tools import takes_tensors
 from difa_fx.passes.partition import partition
 from difa_fx.passes.rewrite import RewriteSettings, check_possible
 from difa_fx.passes.window_attention import fitted
@@ -71,8 +72,8 @@ def difa(
         _refuse_wrapped(gm, example_inputs)
         if parsed.compiler == "inductor" and any(_on_cpu(value) for value in example_inputs):
             cpu_codegen()
-        if not any(isinstance(value, Tensor) for value in example_inputs):
-            return _without_plan(gm, example_inputs, parsed)  # a table of constants, say: there is no latent to follow
+        if not takes_tensors(example_inputs):
+            return _without_plan(gm, example_inputs, parsed)
         compilation = compilation_for(options, parsed)
         compilation.broken |= breaks_graph(gm)
         graph = CompiledGraph(gm, example_inputs, compilation)
@@ -136,7 +137,7 @@ def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str
     return Runner(
         graph=canonical.gm.graph,
         attention=attention,
-        partition=partition(canonical, attention.sites),
+        partition=partition(canonical, attention),
         schedule=make_schedule(plan, [site.path for site in attention.sites]),
         # A call is one graph, and not a graph a piece.
         compiler=PieceCompiler(options.compiler, {**options.inductor, CUDA_GRAPHS: False}, settings),

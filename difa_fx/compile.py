@@ -53,6 +53,7 @@ class PieceCompiler:
     pieces: dict[PieceKey, Piece] = field(default_factory=dict)
     seconds: float = 0.0
 
+    @without_autocast()
     def compile_all(self, wanted: Iterable[tuple[Segment, SiteAction | None]]) -> None:
         """Compile every piece of ``wanted`` that is not there yet, under a progress bar."""
         missing: dict[PieceKey, Segment] = {}
@@ -60,11 +61,6 @@ class PieceCompiler:
             if (segment.signature, action) not in self.pieces:
                 missing.setdefault((segment.signature, action), segment)
         started = time.perf_counter()
-        with without_autocast():
-            self._compile(missing)
-        self.seconds += time.perf_counter() - started
-
-    def _compile(self, missing: Mapping[PieceKey, Segment]) -> None:
         variants = {key: rewrite(segment, key[1], self.settings) for key, segment in missing.items()}
         begun = {key: self._begin(variant) for key, variant in variants.items()}
         bar = tqdm(missing.items(), desc="difa: compile", unit="piece", disable=None, leave=False)
@@ -73,6 +69,7 @@ class PieceCompiler:
             for key, segment in bar:
                 bar.set_postfix_str(f"{segment.name} {key[1] or ''}"[:60])
                 self.pieces[key] = begun[key]()
+        self.seconds += time.perf_counter() - started
 
     def piece(self, segment: Segment, action: SiteAction | None) -> Piece:
         """The piece for ``segment`` under ``action``, which :meth:`compile_all` has made."""

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from difa_fx._torch import apart_from_dynamo, input_sources
 from difa_fx.cost import site_flops
 from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, find_attention
-from difa_fx.passes.graph_tools import placeholders
+from difa_fx.passes.graph_tools import placeholders, takes_tensors
 from difa_fx.passes.inputs import source_name
 from difa_fx.passes.partition import partition
 from difa_fx.plan import Method
@@ -106,13 +106,13 @@ def inspect(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 def report(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphReport:
     """What is found in one of Dynamo's graphs; ``inputs`` has a value for each placeholder."""
-    if not any(isinstance(value, Tensor) for value in inputs):
+    if not takes_tensors(inputs):
         return GraphReport((), (), 0, 0, 0, None, None)
     canonical = canonicalize(gm, inputs, sources=input_sources(gm))
     found = find_attention(canonical)
     flops = _flops(canonical)
     sites = _site_reports(found, flops)
-    parts = partition(canonical, found.sites)
+    parts = partition(canonical, found)
     return GraphReport(
         sites=sites,
         rejected=tuple((site.path, site.reason) for site in found.rejected),

@@ -154,12 +154,9 @@ class ProgramBuilder:
         """The slots at the beginning of a call with the graph's inputs."""
         return [*args, *([None] * (self._size - len(args)))]
 
+    @without_autocast()
     def run(self, calls: Iterable[Call], slots: list[Any], state: State) -> None:
         """Run ``calls`` in order; ``slots`` and ``state`` are changed."""
-        with without_autocast():
-            self._run(calls, slots, state)
-
-    def _run(self, calls: Iterable[Call], slots: list[Any], state: State) -> None:
         for call in calls:
             results = _results(call, slots, state)
             for key, value in _state_of(call, results):

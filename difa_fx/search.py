@@ -22,6 +22,7 @@ from difa_fx.cost import SiteShape
 from difa_fx.errors import CalibrationError
 from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, AttentionSite, find_attention
+from difa_fx.passes.graph_tools import takes_tensors
 from difa_fx.passes.partition import partition
 from difa_fx.passes.rewrite import RewriteSettings
 from difa_fx.passes.window_attention import fitted
@@ -98,7 +99,7 @@ class SearchGraph:
         self.shapes: dict[str, SiteShape] = {site.path: site.shape for site in self.sites}
         self.attention, self.candidates, self.work = attention, tuple(candidates), 0.0
         self.window, self.cfg = settings.window, settings.cfg
-        self._graph, self._partition = canonical.gm.graph, partition(canonical, self.sites)
+        self._graph, self._partition = canonical.gm.graph, partition(canonical, attention)
         self._compiler = PieceCompiler(settings.compiler, settings.inductor, rewriting)
         self.builder = ProgramBuilder(self._graph, self._partition, self._compiler)
         parts = self._partition
@@ -290,7 +291,7 @@ class Backend:
     def _graph(
         self, gm: fx.GraphModule, args: Sequence[Any], sources: Sequence[str]
     ) -> SearchGraph | Callable[..., Any]:
-        if not any(isinstance(value, Tensor) for value in args):
+        if not takes_tensors(args):
             return compile_inductor(gm, args, {})
         canonical = canonicalize(gm, args, sources=sources)
         attention = find_attention(canonical)

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from difa_fx._torch import TorchDispatchMode, has_autocast_kernel, is_composite
 from difa_fx.errors import GraphError
-from difa_fx.passes.graph_tools import evaluate, module_path
+from difa_fx.passes.graph_tools import described, evaluate, module_path, spelled, traced_from
 
 aten = torch.ops.aten
 
@@ -87,7 +87,8 @@ def _spell_out(node: fx.Node, known: dict[Any, Casts], made: dict[tuple[fx.Node,
     read = list(dict.fromkeys(node.all_input_nodes))
     if not any(_is_floating(source.meta.get("val")) for source in read):
         return
-    key = (node.target, _state(), _spelled(node, read))
+    known_as = {source: f"{i} {described(source.meta.get('val'))}" for i, source in enumerate(read)}
+    key = (node.target, _state(), spelled(node, known_as.__getitem__))
     if key not in known:
         known[key] = _casts_of(node, read)
     for position, dtype in known[key]:
@@ -96,7 +97,7 @@ def _spell_out(node: fx.Node, known: dict[Any, Casts], made: dict[tuple[fx.Node,
             with node.graph.inserting_before(node), without_autocast():
                 cast = node.graph.call_function(aten.to.dtype, (source, dtype))
                 evaluate(cast)
-            cast.meta |= {name: node.meta[name] for name in ("nn_module_stack", "stack_trace") if name in node.meta}
+            cast.meta |= traced_from(node)
             made[source, dtype] = cast
         node.replace_input_with(source, made[source, dtype])
 
@@ -109,6 +110,8 @@ def _casts_of(node: fx.Node, read: Sequence[fx.Node]) -> Casts:
     if not whole and not is_composite(node.target):
         return ()
     result, copies = _run(node, read, values)
+    if not copies:
+        return ()
     casts = tuple((at, dtype) for at, dtype in dict(copies).items() if at is not None) if whole else ()
     cast = list(values)
     for position, dtype in casts:
@@ -150,16 +153,6 @@ def _run(node: fx.Node, read: Sequence[fx.Node], values: Sequence[Any]) -> tuple
     assert callable(node.target)
     with torch.no_grad(), copies:
         return node.target(*args, **kwargs), copies.found
-
-
-def _spelled(node: fx.Node, read: Sequence[fx.Node]) -> str:
-    """What tells two calls of an operation apart."""
-    known = {source: f"%{i} {_described(source.meta.get('val'))}" for i, source in enumerate(read)}
-    return repr(fx.node.map_arg((node.args, node.kwargs), known.__getitem__))
-
-
-def _described(value: Any) -> str:
-    return f"{tuple(value.shape)} {value.dtype} {value.device}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _is_floating(value: Any) -> bool:

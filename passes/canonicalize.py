@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from difa_fx._torch import export_functional, fake_inputs, is_static_input, new_fake_mode, trace_functional
 from difa_fx.errors import GraphError
 from difa_fx.passes.autocast import spell_out_autocast, without_autocast
-from difa_fx.passes.graph_tools import arg, evaluate, is_write, output_values, placeholders, remove_dead
+from difa_fx.passes.graph_tools import arg, evaluate, is_write, output_values, placeholders, remove_dead, takes_tensors
 from difa_fx.passes.retrace import retrace
 
 aten = torch.ops.aten
@@ -72,7 +72,7 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
     """
     with torch.no_grad():
         fakes = fake_inputs(inputs, new_fake_mode())
-    if not any(isinstance(value, Tensor) for value in fakes):
+    if not takes_tensors(fakes):
         raise GraphError("the graph has no tensor input", where="canonicalize")
     exported, written = _exported(gm, fakes)
     owned = len(placeholders(exported.graph)) - len(fakes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -210,6 +210,38 @@ def crossing_value(node: fx.Node) -> Any:
     if not isinstance(value, Tensor) or node.op == "placeholder" or expanded:
         return value
     return value.contiguous()
+
+
+def spelled(node: fx.Node, name: Callable[[fx.Node], object]) -> str:
+    """The arguments of a node, with their types; ``name``: what stands for a node."""
+
+    def spell(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return f"%{name(value)}"
+        if isinstance(value, (list, tuple)):
+            return [spell(item) for item in value]
+        if isinstance(value, Mapping):
+            return [(key, spell(value[key])) for key in sorted(value)]
+        return f"{type(value).__name__}:{value}"
+
+    return repr((spell(node.args), spell(node.kwargs)))
+
+
+def described(value: Any) -> str:
+    """Shape, strides, dtype and device of a tensor; type and value of anything else."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device}"
+    return f"{type(value).__name__}:{value}"
+
+
+def traced_from(node: fx.Node) -> dict[str, Any]:
+    """What a node that is made for ``node`` keeps of its ``meta``: where in the denoiser's code it stands."""
+    return {name: node.meta[name] for name in ("nn_module_stack", "stack_trace") if name in node.meta}
+
+
+def takes_tensors(inputs: Iterable[Any]) -> bool:
+    """Whether a graph with these inputs has a tensor among them; a table of constants has none."""
+    return any(isinstance(value, Tensor) for value in inputs)
 
 
 def remove_dead(graph: fx.Graph) -> None:

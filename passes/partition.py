@@ -20,18 +20,17 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from difa_fx.passes.canonicalize import CanonicalGraph
-from difa_fx.passes.graph_tools import ancestors, calls, crossing_value, output_values, placeholders
-from difa_fx.passes.inputs import denoiser_inputs
+from difa_fx.passes.graph_tools import ancestors, calls, crossing_value, described, output_values, placeholders, spelled
 from difa_fx.passes.sinking import sink
-from difa_fx.passes.sites import AttentionSite
+from difa_fx.passes.sites import Attention, AttentionSite
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,13 +86,14 @@ class Partition:
         return tuple({s.signature: s for s in reversed(inner)}.values())[::-1]
 
 
-def partition(canonical: CanonicalGraph, sites: Sequence[AttentionSite]) -> Partition:
-    """Cut a canonical graph at ``sites``; its nodes are put in the order of the segments."""
+def partition(canonical: CanonicalGraph, attention: Attention) -> Partition:
+    """Cut a canonical graph at the sites of ``attention``; its nodes are put in the order of the segments."""
     graph = canonical.gm.graph
-    place = _assign(graph, [_closed_region(site) for site in sites])
+    place = _assign(graph, [_closed_region(site) for site in attention.sites])
     merged = _hoist_shared(graph, place)
-    sites = [replace(site, call=site.call.moved(merged)) for site in sites]
-    sites = sink(graph, place, sites, _samples(canonical))
+    sites = [replace(site, call=site.call.moved(merged)) for site in attention.sites]
+    inputs = placeholders(graph)
+    sites = sink(graph, place, sites, [inputs[position] for position in attention.inputs.samples])
     _sort(graph, place)
     returned = {node for node in output_values(graph) if isinstance(node, fx.Node)}
     members: dict[int, list[fx.Node]] = {}
@@ -109,11 +109,6 @@ def partition(canonical: CanonicalGraph, sites: Sequence[AttentionSite]) -> Part
         ]
         segments.append(_segment(f"trunk {number // 2}", site, members[number], outputs, returned))
     return Partition(tuple(segments))
-
-
-def _samples(canonical: CanonicalGraph) -> list[fx.Node]:
-    nodes = placeholders(canonical.gm.graph)
-    return [nodes[position] for position in denoiser_inputs(canonical).samples]
 
 
 def _closed_region(site: AttentionSite) -> set[fx.Node]:
@@ -195,7 +190,7 @@ def _value_numbers(graph: fx.Graph, place: Mapping[fx.Node, int]) -> dict[fx.Nod
         known = all(n.op == "placeholder" or n in numbers for n in node.all_input_nodes)
         if random or not known or place[node] % 2:
             continue
-        key = (node.op, str(target), _arguments(node, lambda n: numbers.get(n, n.name)))
+        key = (node.op, str(target), spelled(node, lambda n: numbers.get(n, n.name)))
         numbers[node] = table.setdefault(key, len(table))
     return numbers
 
@@ -236,29 +231,10 @@ def _signature(
 ) -> str:
     index: dict[fx.Node, str] = {node: f"i{i}" for i, node in enumerate(inputs)}
     index |= {node: f"n{i}" for i, node in enumerate(nodes)}
-    parts: list[Any] = [[_described(crossing_value(node)) for node in inputs]]
-    parts += [(node.op, str(node.target), _arguments(node, index.__getitem__)) for node in nodes]
+    parts: list[Any] = [[described(crossing_value(node)) for node in inputs]]
+    parts += [(node.op, str(node.target), spelled(node, index.__getitem__)) for node in nodes]
     parts.append([(index[node], node in returned) for node in outputs])
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _arguments(node: fx.Node, name: Callable[[fx.Node], object]) -> str:
-    def spell(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return f"%{name(value)}"
-        if isinstance(value, (list, tuple)):
-            return [spell(item) for item in value]
-        if isinstance(value, Mapping):
-            return [(key, spell(value[key])) for key in sorted(value)]
-        return f"{type(value).__name__}:{value}"
-
-    return repr((spell(node.args), spell(node.kwargs)))
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device}"
-    return f"{type(value).__name__}:{value}"
 
 
 def extract(segment: Segment) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

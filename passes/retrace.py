@@ -21,12 +21,10 @@ import torch
 from torch import Tensor, fx
 
 from difa_fx._torch import FakeTensor, FakeTensorMode, fake_like, mode_of, trace_functional
-from difa_fx.passes.graph_tools import ancestors, is_write, output_values, placeholders
+from difa_fx.passes.graph_tools import ancestors, is_write, output_values, placeholders, traced_from
 
 _CONSTANTS: Final = (bool, int, float, complex, str, type(None), type(...))
 _TORCH_CONSTANTS: Final = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-
-_KEPT_META: Final = ("nn_module_stack", "stack_trace")
 
 _IDLE: Final = ("_log_api_usage_once",)
 """What a graph calls for nothing that can be seen in it."""
@@ -169,7 +167,7 @@ def _bodies(graph: fx.Graph, kinds: _Kinds) -> list[_Body]:
 def _copy(operation: _Operation, graph: fx.Graph, body: _Body, mode: FakeTensorMode) -> None:
     """Copy a kind's body to where ``operation`` stands, and give its results their nodes."""
     copied = {node: value.node for node, value in zip(body.inputs, operation.read, strict=True)}
-    meta: dict[str, Any] = {key: operation.node.meta[key] for key in _KEPT_META if key in operation.node.meta}
+    meta = traced_from(operation.node)
     for node in body.nodes:
         made = copied[node] = graph.node_copy(node, copied.__getitem__)
         made.meta = {**meta, "val": _mapped(node.meta.get("val"), lambda fake: fake_like(fake, mode), Tensor)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from difa_fx._torch import apart_from_dynamo, input_sources
 from difa_fx.errors import GraphError
 from difa_fx.passes.autocast import is_autocast, without_autocast
 from difa_fx.passes.canonicalize import canonicalize
+from difa_fx.passes.find_attention import find_attention
+from difa_fx.passes.partition import partition
 
 BF16 = torch.bfloat16
 ROUNDING = 0.02
@@ -105,8 +108,6 @@ class _OwnAutocast(nn.Module):
 
 
 def _own(found: Case) -> Case:
-    from dataclasses import replace
-
     return replace(found, model=_OwnAutocast(found.model), sites=tuple(f"inner.{path}" for path in found.sites))
 
 
@@ -150,15 +151,11 @@ def test_state_is_in_the_dtype_that_autocast_gives() -> None:
 
 
 def test_casts_of_parameters_do_not_make_equal_layers_differ() -> None:
-    from difa_fx.passes.find_attention import find_attention
-    from difa_fx.passes.partition import partition
-
     shallow, deep = dit(layers=2), dit(layers=4)
     counts = []
     for found in (shallow, deep):
         torch._dynamo.reset()
         with torch.no_grad(), torch.autocast("cpu", BF16):
             canonical, _ = captured(found)
-        attention = find_attention(canonical)
-        counts.append(len(partition(canonical, attention.sites).unique))
+        counts.append(len(partition(canonical, find_attention(canonical)).unique))
     assert counts[0] == counts[1]

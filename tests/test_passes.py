@@ -95,10 +95,10 @@ def test_a_site_that_cannot_be_halved_says_why() -> None:
 def test_segments_put_together_are_the_graph() -> None:
     found = pixart()
     canonical, inputs = captured(found)
-    sites = find_attention(canonical).sites
+    attention = find_attention(canonical)
     expected = canonical.gm(*inputs)[0]
     values = dict(zip(placeholders(canonical.gm.graph), inputs, strict=True))
-    for segment in partition(canonical, sites).segments:
+    for segment in partition(canonical, attention).segments:
         piece, _ = extract(segment)
         values |= zip(segment.outputs, piece(*(values[node] for node in segment.inputs)), strict=True)
     (result,) = canonical.gm.graph.output_node().args[0]
@@ -106,7 +106,7 @@ def test_segments_put_together_are_the_graph() -> None:
 
 
 def test_equal_layers_are_equal() -> None:
-    parts = partition(captured_graph := captured(dit(layers=6))[0], find_attention(captured_graph).sites)
+    parts = partition(captured_graph := captured(dit(layers=6))[0], find_attention(captured_graph))
     assert len(parts.segments) == 13
     assert len(parts.unique_blocks) == 2
     assert len(parts.unique) == 4

@@ -23,6 +23,15 @@ SIZES: Final[Mapping[str, Any]] = {
 }
 """Two levels, of ROWS and ROWS / 2 rows; attention to text at the upper one and in the middle."""
 
+NET_3D: Final[Mapping[str, Any]] = {
+    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+    **SIZES,
+}
+"""The same of the nets whose temporal layers are built in."""
+
 SPATIAL: Final = (("down_blocks.0", 0), ("mid_block", 0), ("up_blocks.1", 0), ("up_blocks.1", 1))
 """Modules and numbers of the attention to text."""
 
@@ -123,11 +132,7 @@ def text_to_video(*, seed: int = 0) -> Case:
     model = build(
         UNet3DConditionModel,
         seed=seed,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        norm_num_groups=8,
-        attention_head_dim=8,
-        **SIZES,
+        **NET_3D,
     )
 
     def draw(by: Draw) -> Call:
@@ -148,11 +153,7 @@ def i2vgen(*, seed: int = 0) -> Case:
     model = build(
         I2VGenXLUNet,
         seed=seed,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        norm_num_groups=8,
-        attention_head_dim=8,
-        **SIZES,
+        **NET_3D,
     )
 
     def draw(by: Draw) -> Call:
