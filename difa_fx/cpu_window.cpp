@@ -13,7 +13,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -29,6 +31,7 @@ constexpr int kLanes = 4, kStrip = 8, kPanels = 2, kRows = 4, kColumns = 4, kLas
 #endif
 static_assert(kStrip % kRows == 0);
 constexpr int64_t kChunk = 1024;  // keys; a strip's scores with them stay in the first two caches
+constexpr int64_t kAhead = 16;    // rows that are asked for before they are read: each lies in a page of its own
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896341f;
 
@@ -37,6 +40,26 @@ typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may
 
 inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
 inline void store(float* at, Vector value) { *reinterpret_cast<Vector*>(at) = value; }
+
+inline void prefetch(const float* row, int64_t width) {
+  for (int64_t at = 0; at < width; at += 16) __builtin_prefetch(row + at);
+}
+
+// Memory that starts with a line of the caches, so that no vector lies in two, and is left as it is found.
+template <typename T>
+struct Lines {
+  using value_type = T;
+  Lines() = default;
+  template <typename U>
+  Lines(const Lines<U>&) {}
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* at, size_t) { ::operator delete(at, std::align_val_t{64}); }
+  template <typename U>
+  void construct(U*) {}
+  bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
+};
+using Floats = std::vector<float, Lines<float>>;
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -55,9 +78,10 @@ inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 inline Vector exp2_of(Vector x) {
   const Vector least = Vector{} - 126.0f;
   x = x < least ? least : x;  // NaN stays
-  const Vector magic = Vector{} + 12582912.0f;
-  const Vector n = (x + magic) - magic;
-  const Vector r = x - n;
+  // 3 * 2^22: the sum has no bits for a fraction, and ends in those of n + 127, which is the power's exponent.
+  const Vector magic = Vector{} + (12582912.0f + 127.0f);
+  const Vector rounded = x + magic;
+  const Vector r = x - (rounded - magic);
   Vector p = Vector{} + 1.5403530e-4f;
   p = p * r + 1.3333558e-3f;
   p = p * r + 9.6181291e-3f;
@@ -65,7 +89,9 @@ inline Vector exp2_of(Vector x) {
   p = p * r + 2.4022651e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.0f;
-  const Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
+  Integers bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  bits <<= 23;
   Vector power;
   std::memcpy(&power, &bits, sizeof power);
   return p * power;
@@ -73,6 +99,30 @@ inline Vector exp2_of(Vector x) {
 
 inline float exp2_of(float x) { return exp2_of(Vector{} + x)[0]; }
 
+using Lanes = std::make_integer_sequence<int, kLanes>;
+
+template <int STEP, int... LANE>
+inline Vector swapped(Vector x, std::integer_sequence<int, LANE...>) {
+  return Vector{x[LANE ^ STEP]...};
+}
+
+// All lanes of x by `join`, in pairs.
+template <int STEP = kLanes / 2, typename Join>
+inline float joined(Vector x, Join&& join) {
+  x = join(x, swapped<STEP>(x, Lanes{}));
+  if constexpr (STEP > 1)
+    return joined<STEP / 2>(x, join);
+  else
+    return x[0];
+}
+
+// Which lanes come before `count`.
+template <int... LANE>
+inline Integers before(int64_t count, std::integer_sequence<int, LANE...>) {
+  return Integers{LANE...} < static_cast<int32_t>(std::min<int64_t>(count, kLanes));
+}
+
+// Like all that goes over a row of scores, it may read a vector more than there is.
 inline float largest_of(const float* s, int64_t count) {
   Vector most[2] = {Vector{} + kNone, Vector{} + kNone};
   int64_t i = 0;
@@ -80,11 +130,9 @@ inline float largest_of(const float* s, int64_t count) {
     most[0] = larger(most[0], load(s + i));
     most[1] = larger(most[1], load(s + i + kLanes));
   }
-  most[0] = larger(most[0], most[1]);
-  float largest = kNone;
-  for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, most[0][lane]);
-  for (; i < count; ++i) largest = std::max(largest, s[i]);
-  return largest;
+  for (; i < count; i += kLanes)
+    most[0] = larger(most[0], before(count - i, Lanes{}) ? load(s + i) : Vector{} + kNone);
+  return joined(larger(most[0], most[1]), larger);
 }
 
 // Scores of a strip with COUNT panels of keys: q [kStrip, D], k [panels, D, kLanes], s [kStrip, ld].
@@ -139,7 +187,7 @@ int64_t by_count(int64_t count, Run&& run) {
 
 // Attention of a strip to the keys seen so far: sums of exponentials and of weighted values, to a running maximum.
 struct Sums {
-  std::vector<float> values;  // [kStrip, D rounded up to vectors]
+  Floats values;  // [kStrip, D rounded up to vectors]
   float largest[kStrip], total[kStrip];
 
   void clear() {
@@ -155,11 +203,11 @@ struct Range {
 
 struct Worker {
   const Problem& p;
-  const int64_t padded;             // D rounded up to vectors
-  std::vector<float> keys, values;  // packed keys [panels, D, kLanes]; values [N, padded]
-  int64_t packed = 0;               // the first key of both
-  std::vector<float> queries;       // a strip, scaled
-  std::vector<float> near, far;     // a strip's scores, then exponentials, inside and outside of the window
+  const int64_t padded;  // D rounded up to vectors
+  Floats keys, values;   // packed keys [panels, D, kLanes]; values [N, padded]
+  int64_t packed = 0;    // the first key of both
+  Floats queries;        // a strip, scaled
+  Floats near, far;      // a strip's scores, then exponentials, inside and outside of the window
   Sums inside, outside;
 
   explicit Worker(const Problem& problem)
@@ -185,17 +233,29 @@ struct Worker {
         const float* from = k + key * p.stride_k[2];
         const bool there = key < p.tokens;
         for (int64_t d = 0; d < p.width; ++d) to[d * kLanes + lane] = there ? from[d] : 0.0f;
+        if (!there) continue;
         const float* value = v + key * p.stride_v[2];
-        if (there) std::copy(value, value + p.width, values.data() + (panel + lane) * padded);
+        float* copy = values.data() + (panel + lane) * padded;
+        std::fill(std::copy(value, value + p.width, copy), copy + padded, 0.0f);
+        if (key + kAhead >= p.tokens) continue;
+        prefetch(from + kAhead * p.stride_k[2], p.width);
+        prefetch(value + kAhead * p.stride_v[2], p.width);
       }
     }
   }
 
-  // The strip of queries at `q`, of which there are `rows`.
-  void begin(const float* q, int64_t rows) {
-    for (int64_t row = 0; row < kStrip; ++row)
-      for (int64_t d = 0; d < p.width; ++d)
-        queries[row * p.width + d] = row < rows ? q[row * p.stride_q[2] + d] * p.scale * kLog2e : 0.0f;
+  // The strip of queries at `q`, of which there are `rows`; `more` come after them.
+  void begin(const float* q, int64_t rows, int64_t more) {
+    for (int64_t row = rows; row < rows + std::min<int64_t>(more, kStrip); ++row)
+      prefetch(q + row * p.stride_q[2], p.width);
+    const float scale = p.scale * kLog2e;
+    std::fill(queries.begin() + rows * p.width, queries.end(), 0.0f);
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* from = q + row * p.stride_q[2];
+      float* to = queries.data() + row * p.width;
+#pragma omp simd
+      for (int64_t d = 0; d < p.width; ++d) to[d] = from[d] * scale;
+    }
     inside.clear();
     outside.clear();
   }
@@ -284,19 +344,13 @@ struct Worker {
         sums[half] += value;
       }
     }
-    sums[0] += sums[1];
-    float total = 0.0f;
-    for (int lane = 0; lane < kLanes; ++lane) total += sums[0][lane];
     for (; i < count; i += kLanes) {
-      Vector rest = Vector{} + kNone;
-      const int64_t left = std::min<int64_t>(count - i, kLanes);
-      std::copy(s + i, s + i + left, reinterpret_cast<float*>(&rest));
-      rest = exp2_of(rest - largest);
-      const float* values = reinterpret_cast<const float*>(&rest);
-      std::copy(values, values + left, e + i);
-      for (int64_t lane = 0; lane < left; ++lane) total += values[lane];
+      const Integers there = before(count - i, Lanes{});
+      const Vector value = exp2_of(load(s + i) - largest);
+      store(e + i, there ? value : load(e + i));
+      sums[0] += there ? value : Vector{};
     }
-    return total;
+    return joined(sums[0] + sums[1], [](Vector a, Vector b) { return a + b; });
   }
 
   // What a row has summed up so far, to a maximum that may be larger.
@@ -378,7 +432,7 @@ extern "C" void difa_window(const float* q, const float* k, const float* v, cons
         // A strip is of the image or of a text.
         const int64_t stop = at < lead ? lead : at < lead + p.image ? lead + p.image : p.tokens;
         const int64_t count = std::min({mine.end - at, stop - at, int64_t{kStrip}});
-        w.begin(heads_q + at * p.stride_q[2], count);
+        w.begin(heads_q + at * p.stride_q[2], count, mine.end - at - count);
         if (at >= lead && at < lead + p.image) {
           see(w, at, count, both);
         } else {
