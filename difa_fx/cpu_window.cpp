@@ -2,9 +2,9 @@
 //
 // A strip is a few queries, whose scores with all keys that any of them sees are one product: it is so short that
 // hardly anything is computed to be masked.  Keys are packed before, so that the product reads them in order; both
-// products keep their results in registers.  Softmax is online (running maximum and sum) over chunks of keys; attention
-// outside the window has accumulators of its own, and full attention is the merge of both, so a step that refreshes the
-// residual computes each score once.
+// products keep their results in registers.  Softmax is online (running maximum and sum) over chunks of keys, which a
+// group of strips takes in turns while the second cache holds them.  Attention outside the window has accumulators of its
+// own, and full attention is the merge of both, so a step that refreshes the residual computes each score once.
 //
 // Letters: B batch, H heads, N tokens, D head width.
 
@@ -30,7 +30,8 @@ constexpr int kLanes = 8, kStrip = 6, kPanels = 2, kRows = 6, kColumns = 2, kLas
 constexpr int kLanes = 4, kStrip = 8, kPanels = 2, kRows = 4, kColumns = 4, kLast = 5;
 #endif
 static_assert(kStrip % kRows == 0);
-constexpr int64_t kChunk = 1024;  // keys; a strip's scores with them stay in the first two caches
+constexpr int64_t kChunk = 512;   // keys; with their values they stay in the second cache while a group takes them
+constexpr int64_t kGroup = 16;    // strips
 constexpr int64_t kAhead = 16;    // rows that are asked for before they are read: each lies in a page of its own
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896341f;
@@ -185,6 +186,10 @@ int64_t by_count(int64_t count, Run&& run) {
   return MOST;
 }
 
+struct Range {
+  int64_t begin, end;
+};
+
 // Attention of a strip to the keys seen so far: sums of exponentials and of weighted values, to a running maximum.
 struct Sums {
   Floats values;  // [kStrip, D rounded up to vectors]
@@ -197,8 +202,10 @@ struct Sums {
   }
 };
 
-struct Range {
-  int64_t begin, end;
+struct Strip {
+  Floats queries;  // scaled
+  int64_t first, rows;
+  Sums inside, outside;
 };
 
 struct Worker {
@@ -206,18 +213,21 @@ struct Worker {
   const int64_t padded;  // D rounded up to vectors
   Floats keys, values;   // packed keys [panels, D, kLanes]; values [N, padded]
   int64_t packed = 0;    // the first key of both
-  Floats queries;        // a strip, scaled
   Floats near, far;      // a strip's scores, then exponentials, inside and outside of the window
-  Sums inside, outside;
+  std::vector<Strip> strips;
+  int64_t count = 0;  // of them
 
   explicit Worker(const Problem& problem)
       : p(problem),
         padded(round_up(problem.width, kLanes)),
-        queries(kStrip * problem.width),
         near(kStrip * (kChunk + 2 * kLanes)),
-        far(near.size()) {
-    inside.values.resize(kStrip * padded);
-    outside.values.resize(kStrip * padded);
+        far(near.size()),
+        strips(kGroup) {
+    for (Strip& strip : strips) {
+      strip.queries.resize(kStrip * p.width);
+      strip.inside.values.resize(kStrip * padded);
+      strip.outside.values.resize(kStrip * padded);
+    }
   }
 
   // Keys and values [range) of one sample and head, from a whole panel on.
@@ -244,58 +254,79 @@ struct Worker {
     }
   }
 
-  // The strip of queries at `q`, of which there are `rows`; `more` come after them.
-  void begin(const float* q, int64_t rows, int64_t more) {
-    for (int64_t row = rows; row < rows + std::min<int64_t>(more, kStrip); ++row)
+  // A group of strips: the queries `mine`, which are the rows of `q`.
+  void begin(const float* q, Range mine) {
+    for (count = 0; mine.begin < mine.end; mine.begin += kStrip) {
+      Strip& strip = strips[count++];
+      strip.first = mine.begin;
+      strip.rows = std::min<int64_t>(mine.end - mine.begin, kStrip);
+      read(strip, q + mine.begin * p.stride_q[2], mine.end - mine.begin);
+      strip.inside.clear();
+      strip.outside.clear();
+    }
+  }
+
+  // The queries at `q`, where there are `rows`, a strip's and more.
+  void read(Strip& strip, const float* q, int64_t rows) {
+    for (int64_t row = kStrip; row < std::min<int64_t>(rows, 2 * kStrip); ++row)
       prefetch(q + row * p.stride_q[2], p.width);
     const float scale = p.scale * kLog2e;
-    std::fill(queries.begin() + rows * p.width, queries.end(), 0.0f);
-    for (int64_t row = 0; row < rows; ++row) {
+    std::fill(strip.queries.begin() + strip.rows * p.width, strip.queries.end(), 0.0f);
+    for (int64_t row = 0; row < strip.rows; ++row) {
       const float* from = q + row * p.stride_q[2];
-      float* to = queries.data() + row * p.width;
+      float* to = strip.queries.data() + row * p.width;
 #pragma omp simd
       for (int64_t d = 0; d < p.width; ++d) to[d] = from[d] * scale;
     }
-    inside.clear();
-    outside.clear();
   }
 
-  // The strip takes in the keys of `range`; row r sees those from first + r - reach to first + r + reach and what is in
-  // `bounds`, and, if `both`, has the others among those that it does not see.
-  void take(Range range, int64_t first, int64_t reach, Range bounds, bool both) {
-    for (int64_t start = range.begin; start < range.end; start += kChunk) {
-      const Range chunk{start, std::min(start + kChunk, range.end)};
-      const int64_t origin = chunk.begin / kLanes * kLanes, panels = (chunk.end - origin + kLanes - 1) / kLanes;
-      const int64_t ld = panels * kLanes;
-      score(origin, panels, ld);
-      Range any{chunk.end, chunk.begin}, all{chunk.begin, chunk.end};
-      for (int64_t row = 0; row < kStrip; ++row) {
-        const int64_t low = std::clamp(std::max(first + row - reach, bounds.begin), chunk.begin, chunk.end);
-        const int64_t high = std::clamp(std::min(first + row + reach + 1, bounds.end), low, chunk.end);
-        float* s = near.data() + row * ld - origin;
-        if (both) {
-          float* t = far.data() + row * ld - origin;
-          soften_around(row, s, t, chunk, {low, high});
-          all = {std::max(all.begin, low), std::min(all.end, high)};
-        }
-        soften(inside, row, s + low, high - low);
-        std::fill(s + chunk.begin, s + low, 0.0f);
-        std::fill(s + high, s + chunk.end, 0.0f);
-        if (low < high) any = {std::min(any.begin, low), std::max(any.end, high)};
-      }
-      if (any.begin < any.end) add(inside, near.data() - origin, ld, any);
-      if (!both) continue;
-      if (all.begin >= all.end) all = {chunk.end, chunk.end};
-      add(outside, far.data() - origin, ld, {chunk.begin, all.begin});
-      add(outside, far.data() - origin, ld, {all.end, chunk.end});
+  // The group takes in the keys of `bounds`; query n sees those from n - reach to n + reach, and, if `both`, has the
+  // others among those that it does not see.
+  void take(Range bounds, int64_t reach, bool both) {
+    const auto seen = [&](const Strip& strip) {
+      return both ? bounds : inner(bounds, {strip.first - reach, strip.first + strip.rows + reach});
+    };
+    const Range all{seen(strips[0]).begin, seen(strips[count - 1]).end};
+    const int64_t length = all.end - all.begin, chunks = (length + kChunk - 1) / kChunk;
+    if (length <= 0) return;
+    const int64_t step = round_up((length + chunks - 1) / chunks, kLanes);
+    for (int64_t start = all.begin; start < all.end; start += step)
+      for (int64_t i = 0; i < count; ++i)
+        take(strips[i], inner(seen(strips[i]), {start, start + step}), reach, both);
+  }
+
+  static Range inner(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
+
+  void take(Strip& strip, Range chunk, int64_t reach, bool both) {
+    if (chunk.begin >= chunk.end) return;
+    const int64_t origin = chunk.begin / kLanes * kLanes, panels = (chunk.end - origin + kLanes - 1) / kLanes;
+    const int64_t ld = panels * kLanes;
+    score(strip.queries.data(), origin, panels, ld);
+    const auto seen = [&](int64_t row) {
+      const int64_t low = std::clamp(strip.first + row - reach, chunk.begin, chunk.end);
+      return Range{low, std::clamp(strip.first + row + reach + 1, low, chunk.end)};
+    };
+    const Range any{seen(0).begin, seen(kStrip - 1).end}, all{seen(kStrip - 1).begin, seen(0).end};
+    for (int64_t row = 0; row < kStrip; ++row) {
+      const Range own = seen(row);
+      float* s = near.data() + row * ld - origin;
+      if (both) soften_around(strip.outside, row, s, far.data() + row * ld - origin, chunk, own);
+      soften(strip.inside, row, s + own.begin, own.end - own.begin);
+      std::fill(s + any.begin, s + own.begin, 0.0f);
+      std::fill(s + own.end, s + any.end, 0.0f);
     }
+    add(strip.inside, near.data() - origin, ld, any);
+    if (!both) return;
+    const float* e = far.data() - origin;
+    add(strip.outside, e, ld, {chunk.begin, all.begin < all.end ? all.begin : chunk.end});
+    if (all.begin < all.end) add(strip.outside, e, ld, {all.end, chunk.end});
   }
 
-  void score(int64_t origin, int64_t panels, int64_t ld) {
+  void score(const float* q, int64_t origin, int64_t panels, int64_t ld) {
     const float* k = keys.data() + (origin - packed) * p.width;
     for (int64_t done = 0; done < panels;) {
       done += by_count<kPanels>(std::min<int64_t>(panels - done, kPanels), [&](auto count) {
-        scores_of<count()>(queries.data(), k + done * kLanes * p.width, p.width, near.data() + done * kLanes, ld);
+        scores_of<count()>(q, k + done * kLanes * p.width, p.width, near.data() + done * kLanes, ld);
       });
     }
   }
@@ -324,7 +355,7 @@ struct Worker {
   }
 
   // The same for the keys of a chunk before and after those that a row sees; `t` gets zeros there.
-  void soften_around(int64_t row, const float* s, float* t, Range chunk, Range seen) {
+  void soften_around(Sums& outside, int64_t row, const float* s, float* t, Range chunk, Range seen) const {
     const int64_t before = seen.begin - chunk.begin, after = chunk.end - seen.end;
     std::fill(t + seen.begin, t + seen.end, 0.0f);
     if (before + after == 0) return;
@@ -365,7 +396,8 @@ struct Worker {
   }
 
   // One row of results: window attention plus a residual; or full attention, and the residual.
-  void finish(int64_t row, float* out, const float* residual, float* missed) const {
+  void finish(const Strip& strip, int64_t row, float* out, const float* residual, float* missed) const {
+    const Sums &inside = strip.inside, &outside = strip.outside;
     const float* in = inside.values.data() + row * padded;
     const float* rest = outside.values.data() + row * padded;
     const float own = 1.0f / inside.total[row];
@@ -387,14 +419,13 @@ struct Worker {
   }
 };
 
-// A strip of image queries sees all text and its band; the rest of the image it misses.
-void see(Worker& w, int64_t first, int64_t rows, bool both) {
+// Image queries see all text and their band; the rest of the image they miss.
+void see(Worker& w, bool both) {
   const Problem& p = w.p;
   const Range image{p.lead, p.lead + p.image};
-  w.take({0, image.begin}, first, p.tokens, {0, image.begin}, false);
-  w.take({image.end, p.tokens}, first, p.tokens, {image.end, p.tokens}, false);
-  const Range band{std::max(image.begin, first - p.window), std::min(image.end, first + rows + p.window)};
-  w.take(both ? image : band, first, p.window, image, both);
+  w.take({0, image.begin}, p.tokens, false);
+  w.take({image.end, p.tokens}, p.tokens, false);
+  w.take(image, p.window, both);
 }
 
 }  // namespace
@@ -429,21 +460,20 @@ extern "C" void difa_window(const float* q, const float* k, const float* v, cons
       w.pack(p.k + sample * p.stride_k[0] + head * p.stride_k[1], p.v + sample * p.stride_v[0] + head * p.stride_v[1],
              seen);
       for (int64_t at = mine.begin; at < mine.end;) {
-        // A strip is of the image or of a text.
+        // A group is of the image or of a text.
         const int64_t stop = at < lead ? lead : at < lead + p.image ? lead + p.image : p.tokens;
-        const int64_t count = std::min({mine.end - at, stop - at, int64_t{kStrip}});
-        w.begin(heads_q + at * p.stride_q[2], count, mine.end - at - count);
-        if (at >= lead && at < lead + p.image) {
-          see(w, at, count, both);
-        } else {
-          w.take({0, p.tokens}, at, p.tokens, {0, p.tokens}, false);
+        const Range group{at, std::min({mine.end, stop, at + kGroup * kStrip})};
+        w.begin(heads_q, group);
+        if (at >= lead && at < lead + p.image)
+          see(w, both);
+        else
+          w.take({0, p.tokens}, p.tokens, false);
+        for (int64_t query = at; query < group.end; ++query) {
+          const int64_t place = ((sample * p.tokens + query) * p.heads + head) * p.width;
+          w.finish(w.strips[(query - at) / kStrip], (query - at) % kStrip, out + place,
+                   residual == nullptr ? nullptr : residual + place, missed == nullptr ? nullptr : missed + place);
         }
-        for (int64_t row = 0; row < count; ++row) {
-          const int64_t place = ((sample * p.tokens + at + row) * p.heads + head) * p.width;
-          w.finish(row, out + place, residual == nullptr ? nullptr : residual + place,
-                   missed == nullptr ? nullptr : missed + place);
-        }
-        at += count;
+        at = group.end;
       }
     }
   }
