@@ -3,8 +3,8 @@
 // A strip is a few queries, whose scores with all keys that any of them sees are one product: it is so short that
 // hardly anything is computed to be masked.  Keys are packed before, so that the product reads them in order; both
 // products keep their results in registers.  Softmax is online (running maximum and sum) over chunks of keys, which a
-// group of strips takes in turns while the second cache holds them.  Attention outside the window has accumulators of its
-// own, and full attention is the merge of both, so a step that refreshes the residual computes each score once.
+// group of strips takes in turns while the second cache holds them.  Attention outside the window has accumulators of
+// its own, and full attention is the merge of both, so a step that refreshes the residual computes each score once.
 //
 // Letters: B batch, H heads, N tokens, D head width.
 
@@ -20,7 +20,7 @@
 
 namespace {
 
-// Queries of a strip; registers hold kStrip x kPanels vectors of scores, and kRows x kColumns of results, at the end of a
+// Queries of a strip; registers hold kStrip x kPanels vectors of scores, and kRows x kColumns of results, at the end of
 // row as many as kLast.  There are 32 of them with AVX-512 and on ARM, 16 with AVX2.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kStrip = 8, kPanels = 3, kRows = 4, kColumns = 4, kLast = 5;
