@@ -19,20 +19,19 @@ from difa_fx._torch import BoxedPiece, begin_lowering, deferred_kernels, trace_a
 from difa_fx.attention import window_attention, window_residual
 from difa_fx.passes.autocast import without_autocast
 from difa_fx.passes.partition import Segment
-from difa_fx.passes.rewrite import RewriteSettings, VariantGraph, rewrite
-from difa_fx.schedule import SiteAction
+from difa_fx.passes.rewrite import RewriteSettings, Variant, VariantGraph, rewrite
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 
 Piece = BoxedPiece
-"""Takes a list, which it empties: a segment's inputs and then a residual it reads.  Gives the segment's outputs and
-then a residual it writes."""
+"""Takes a list, which it empties: a segment's inputs and then a residual it reads.  Gives those of the segment's
+outputs that are read, and then a residual it writes."""
 
 _PATCHES = {"size_asserts": False}
 """Sizes and strides are known: Dynamo guards those of the graph's inputs, and those that cross pieces were settled when
 the pieces were made.  To check them again costs 2 % of a call where layers are small."""
 
-PieceKey = tuple[str, SiteAction | None]
+PieceKey = tuple[str, Variant]
 
 
 @dataclass(slots=True)
@@ -54,26 +53,26 @@ class PieceCompiler:
     seconds: float = 0.0
 
     @without_autocast()
-    def compile_all(self, wanted: Iterable[tuple[Segment, SiteAction | None]]) -> None:
+    def compile_all(self, wanted: Iterable[tuple[Segment, Variant]]) -> None:
         """Compile every piece of ``wanted`` that is not there yet, under a progress bar."""
         missing: dict[PieceKey, Segment] = {}
-        for segment, action in wanted:
-            if (segment.signature, action) not in self.pieces:
-                missing.setdefault((segment.signature, action), segment)
+        for segment, variant in wanted:
+            if (segment.signature, variant) not in self.pieces:
+                missing.setdefault((segment.signature, variant), segment)
         started = time.perf_counter()
-        variants = {key: rewrite(segment, key[1], self.settings) for key, segment in missing.items()}
-        begun = {key: self._begin(variant) for key, variant in variants.items()}
+        graphs = {key: rewrite(segment, key[1], self.settings) for key, segment in missing.items()}
+        begun = {key: self._begin(graph) for key, graph in graphs.items()}
         bar = tqdm(missing.items(), desc="difa: compile", unit="piece", disable=None, leave=False)
-        on_cuda = any(isinstance(x, Tensor) and x.is_cuda for variant in variants.values() for x in variant.inputs)
+        on_cuda = any(isinstance(x, Tensor) and x.is_cuda for graph in graphs.values() for x in graph.inputs)
         with bar, nullcontext() if on_cuda else deferred_kernels():
             for key, segment in bar:
-                bar.set_postfix_str(f"{segment.name} {key[1] or ''}"[:60])
+                bar.set_postfix_str(f"{segment.name} {key[1]}"[:60])
                 self.pieces[key] = begun[key]()
         self.seconds += time.perf_counter() - started
 
-    def piece(self, segment: Segment, action: SiteAction | None) -> Piece:
-        """The piece for ``segment`` under ``action``, which :meth:`compile_all` has made."""
-        return self.pieces[segment.signature, action]
+    def piece(self, segment: Segment, variant: Variant) -> Piece:
+        """The piece for a variant of ``segment``, which :meth:`compile_all` has made."""
+        return self.pieces[segment.signature, variant]
 
     def _begin(self, variant: VariantGraph) -> Callable[[], Piece]:
         """Trace a variant; the result compiles it."""

@@ -2,7 +2,8 @@
 
 Every value of a call has a slot: the graph's inputs first, then what the pieces yield.  A program lists, piece
 by piece, the slots it reads and fills, the state it takes and leaves, and the slots that are dead after it.  A site
-whose output is cached has no piece in a step's program: its slot is filled from the state.
+whose output is cached has no piece in a step's program: its slot is filled from the state, and what a trunk computes
+for that site alone is not computed.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from difa_fx.compile import Piece, PieceCompiler
 from difa_fx.passes.autocast import without_autocast
 from difa_fx.passes.graph_tools import output_values, placeholders
 from difa_fx.passes.partition import Partition, Segment
-from difa_fx.passes.rewrite import residual_axis
+from difa_fx.passes.rewrite import Variant, residual_axis
 from difa_fx.passes.sites import AttentionSite
-from difa_fx.schedule import SiteAction, SiteStep
+from difa_fx.schedule import SiteStep
 
 StateKey = tuple[str, str]
 """Path of a site, and what of it: ``output``, ``output 1`` (a joint attention's second), ``residual``; with the number
@@ -54,7 +55,7 @@ class Call:
     the whole batch a half step reads the conditional half.
 
     Attributes:
-        run: the compiled piece; None when the segment's output is taken from the state.
+        run: the compiled piece; None when the segment's output is taken from the state, or read by nothing.
         inputs: slots it reads.
         outputs: slots it fills.
         dead: slots that nothing reads after it.
@@ -87,6 +88,7 @@ class Call:
 Program = tuple[Call, ...]
 
 _HANDED: Final = "handed"
+_WHOLE: Final = Variant()
 
 
 class ProgramBuilder:
@@ -100,27 +102,43 @@ class ProgramBuilder:
     def __init__(self, graph: fx.Graph, partition: Partition, compiler: PieceCompiler) -> None:
         self.partition, self.compiler = partition, compiler
         slots = _slots(graph, partition)
-        self._size = len(slots)
+        self._size, self._readers = len(slots), _readers(partition)
         self._results = [_Slot(slots[v]) if isinstance(v, fx.Node) else v for v in output_values(graph)]
         self._layout = _layout(partition, slots, self._results)
 
     def compile_rows(self, rows: Iterable[Mapping[str, SiteStep]]) -> None:
         """Compile what the steps of ``rows`` (site to what it does) need and is not there yet."""
-        self.compiler.compile_all(variant for row in rows for variant in self._variants(row))
+        segments = self.partition.segments
+        self.compiler.compile_all(
+            (segment, variant)
+            for row in rows
+            for segment, variant in zip(segments, self._variants(row), strict=True)
+            if variant is not None
+        )
 
     def program(self, row: Mapping[str, SiteStep]) -> Program:
         """The program of one step, whose pieces :meth:`compile_rows` has made."""
+        entries = [self._entry(segment, row) for segment in self.partition.segments]
         return tuple(
-            self.call(index, None if segment.site is None else row[segment.site.path])
-            for index, segment in enumerate(self.partition.segments)
+            self.call(index, entry, variant)
+            for index, (entry, variant) in enumerate(zip(entries, self._variants(row), strict=True))
         )
 
-    def call(self, index: int, entry: SiteStep | None) -> Call:
-        """Segment number ``index`` as a call; ``entry`` says what its site does, None for a trunk."""
+    def call(self, index: int, entry: SiteStep | None, variant: Variant | None = _WHOLE) -> Call:
+        """Segment number ``index`` as a call.
+
+        Args:
+            index: which.
+            entry: what its site does; None for a trunk.
+            variant: what a trunk yields; None when nothing reads any of it.
+        """
         segment, place = self.partition.segments[index], self._layout[index]
         slots = (place.inputs, place.outputs, place.dead)
         if segment.site is None or entry is None:
-            return Call(self.compiler.piece(segment, None), *slots)
+            if variant is None:
+                return Call(None, place.inputs, (), place.dead)
+            read = tuple(slot for i, slot in enumerate(place.outputs) if i not in variant.unread)
+            return Call(self.compiler.piece(segment, variant), place.inputs, read, place.dead)
         site, action = segment.site, entry.action
         count, owner = len(segment.outputs), "of call 2" if entry.branch else ""
         outputs, residual = output_keys(site.path, count, owner), residual_key(site.path, owner)
@@ -131,7 +149,7 @@ class ProgramBuilder:
             drops = (*drops, residual)
         written = {residual: entry.keeps_residual, handed_residual: entry.hands_residual}
         return Call(
-            self.compiler.piece(segment, action) if entry.runs else None,
+            self.compiler.piece(segment, Variant(action)) if entry.runs else None,
             *slots,
             widen=tuple(site.axes[node] for node in segment.outputs) if entry.output_half else (),
             residual=residual if entry.runs and action.method.windowed else None,
@@ -177,12 +195,20 @@ class ProgramBuilder:
         """The graph's outputs, after its last segment ran."""
         return tuple(slots[result.slot] if isinstance(result, _Slot) else result for result in self._results)
 
-    def _variants(self, row: Mapping[str, SiteStep]) -> Iterator[tuple[Segment, SiteAction | None]]:
-        """The segments that run at a step, and what their sites do."""
-        for segment in self.partition.segments:
-            entry = None if segment.site is None else row[segment.site.path]
-            if entry is None or entry.runs:
-                yield segment, None if entry is None else entry.action
+    @staticmethod
+    def _entry(segment: Segment, row: Mapping[str, SiteStep]) -> SiteStep | None:
+        return None if segment.site is None else row[segment.site.path]
+
+    def _variants(self, row: Mapping[str, SiteStep]) -> Iterator[Variant | None]:
+        """What a step asks of each segment; None of one that does not run."""
+        entries = [self._entry(segment, row) for segment in self.partition.segments]
+        runs = [*(entry is None or entry.runs for entry in entries), True]  # the caller takes what the graph returns
+        for segment, entry, readers in zip(self.partition.segments, entries, self._readers, strict=True):
+            if entry is not None:
+                yield Variant(entry.action) if entry.runs else None
+                continue
+            unread = tuple(i for i, those in enumerate(readers) if not any(runs[reader] for reader in those))
+            yield None if len(unread) == len(segment.outputs) else Variant(None, unread)
 
     def _fit(self, site: AttentionSite, entry: SiteStep) -> Callable[[Tensor], Tensor] | None:
         wants_half = entry.action.method.shares_cfg
@@ -233,6 +259,18 @@ def _slots(graph: fx.Graph, partition: Partition) -> dict[fx.Node, int]:
     """A slot for each input of the graph, in order, and for each value that crosses segments."""
     nodes = [*placeholders(graph), *(n for s in partition.segments for n in s.outputs)]
     return {node: slot for slot, node in enumerate(nodes)}
+
+
+def _readers(partition: Partition) -> list[list[list[int]]]:
+    """By segment and output, which segments read it; the number after the last is the caller."""
+    segments = partition.segments
+    found: dict[fx.Node, list[int]] = {node: [] for segment in segments for node in segment.outputs}
+    for number, segment in enumerate(segments):
+        for node in found.keys() & segment.inputs:
+            found[node].append(number)
+        for node in segment.returned:
+            found[node].append(len(segments))
+    return [[found[node] for node in segment.outputs] for segment in segments]
 
 
 def _layout(partition: Partition, slots: Mapping[fx.Node, int], results: Sequence[Any]) -> tuple[_Place, ...]:

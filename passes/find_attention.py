@@ -24,7 +24,7 @@ from difa_fx.passes.canonicalize import CanonicalGraph
 from difa_fx.passes.explicit_attention import linear_attention
 from difa_fx.passes.graph_tools import ancestors, call_of, descendants, module_path, placeholders, shape_of
 from difa_fx.passes.inputs import DenoiserInputs, denoiser_inputs
-from difa_fx.passes.regions import Search, climb, data_of, descend, meeting, origin, prelude, projection_flops
+from difa_fx.passes.regions import Search, climb, data_of, descend, meeting, origin, projection_flops
 from difa_fx.passes.sites import Attention, AttentionSite, RejectedSite
 from difa_fx.passes.token_axis import token_runs
 from difa_fx.plan import Method
@@ -92,10 +92,7 @@ def _site_of(call: AttentionCall | UnreadCall, search: Search) -> AttentionSite 
     if isinstance(sources, str):
         return RejectedSite(path, call.result, sources)
     outputs = descend(call.result, search)
-    core = (descendants(sources) & ancestors(outputs)) - set(sources)
-    begun = [prelude(source, core, path, search) for source in sources]
-    region = search.sorted(core.union(*(nodes for _, nodes in begun)))
-    sources = search.sorted(source for source, _ in begun)
+    region = search.sorted((descendants(sources) & ancestors(outputs)) - set(sources))
     runs = search.tokens.get(call.q)
     runs = runs if runs is not None and runs.axis == call.token_axis else None
     kind = "joint" if len(sources) > 1 or (runs is not None and runs.is_joint) else "self"

@@ -233,28 +233,3 @@ def _only_moves_or_scales(user: fx.Node, node: fx.Node, search: Search) -> bool:
     if user.target in _CARRIERS or user.target is operator.getitem:
         return not others
     return user.target in _SUMS and all(source in search.from_parameters for source in others)
-
-
-def prelude(source: fx.Node, core: set[fx.Node], path: str, search: Search) -> tuple[fx.Node, set[fx.Node]]:
-    """Norm and modulation in front of the projections, as far as nothing else reads them.
-
-    They belong to the region: a ``+cfg`` step need not compute them for the half that it drops.
-
-    Returns:
-        The tensor they read, and the nodes.
-    """
-    found: set[fx.Node] = set()
-    block = block_of(path)
-    while (
-        source.op == "call_function"
-        and source not in core
-        and not is_projection(source, search)
-        and all(user in core or user in found for user in source.users)
-        and within(module_path(source), block)
-    ):
-        above = [node for node in source.all_input_nodes if node in search.stream]
-        if len(above) != 1 or tensor_of(above[0]) is None:
-            break
-        found.add(source)
-        (source,) = above
-    return source, found

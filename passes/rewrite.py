@@ -1,5 +1,7 @@
 """rewrite: a segment and what is asked of it -> the variant that does so, as a pure function.
 
+A variant yields what its step reads and no more: what a trunk makes for a region that does not run leaves its graph.
+
 State is explicit.  A window step takes the stored residual as one more input after the region's own; a full step
 that must refresh it hands it out as one more output.  A site's output is an ordinary value between two segments,
 so to cache it is to keep that value, and to reuse it is not to call the region.  A ``+cfg`` region yields, and a
@@ -27,13 +29,29 @@ from difa_fx.plan import Method, Window
 from difa_fx.schedule import SiteAction, SiteStep
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What is asked of a segment.
+
+    Attributes:
+        action: what its site does; None for a trunk.
+        unread: positions of the outputs that nothing reads at such a step, and that it does not yield.
+    """
+
+    action: SiteAction | None = None
+    unread: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join((*map(str, filter(None, (self.action,))), *(f"-{position}" for position in self.unread)))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class VariantGraph:
     """A segment rewritten.
 
     Attributes:
-        gm: its graph.  Inputs are the segment's, then the residual if one is read; outputs are the segment's, then
-            the residual if one is written.
+        gm: its graph.  Inputs are the segment's, then the residual if one is read; outputs are those of the segment's
+            that are read, then the residual if one is written.
         inputs: fake tensors, one a placeholder.
     """
 
@@ -56,19 +74,19 @@ class RewriteSettings:
     kernel: str
 
 
-def rewrite(segment: Segment, action: SiteAction | None, settings: RewriteSettings) -> VariantGraph:
-    """The variant of ``segment`` that does ``action``, shape-propagated and linted.
+def rewrite(segment: Segment, variant: Variant, settings: RewriteSettings) -> VariantGraph:
+    """A variant of ``segment``, shape-propagated and linted.
 
     Args:
         segment: a segment of the partition; it is not edited.
-        action: its site's action; None for a trunk.
+        variant: what is asked of it.
         settings: window, CFG order and kernel.
 
     Raises:
         SiteError: the site cannot do its action; the message has the reason.
     """
     gm, moved = extract(segment)
-    graph = gm.graph
+    graph, action = gm.graph, variant.action
     expected = [node.meta["val"] if node in segment.returned else crossing_value(node) for node in segment.outputs]
     if segment.site is not None and action is not None:
         check_possible(segment.site, action.method)
@@ -77,6 +95,10 @@ def rewrite(segment: Segment, action: SiteAction | None, settings: RewriteSettin
             axes = [segment.site.axes[node] for node in segment.outputs]
             expected = [half_of(value, axis) for value, axis in zip(expected, axes, strict=True)]
         graph.output_node().args = (tuple(outputs),)
+    if variant.unread:
+        kept = [i for i in range(len(expected)) if i not in variant.unread]
+        expected = [expected[i] for i in kept]
+        graph.output_node().args = (tuple(output_values(graph)[i] for i in kept),)
     remove_dead(graph)
     graph.lint()
     gm.recompile()

@@ -18,7 +18,7 @@ from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, find_attention
 from difa_fx.passes.graph_tools import clean_path, placeholders
 from difa_fx.passes.partition import extract, partition
-from difa_fx.passes.rewrite import RewriteSettings, rewrite_step
+from difa_fx.passes.rewrite import RewriteSettings, Variant, rewrite, rewrite_step
 from difa_fx.schedule import make_schedule
 
 
@@ -103,6 +103,30 @@ def test_segments_put_together_are_the_graph() -> None:
         values |= zip(segment.outputs, piece(*(values[node] for node in segment.inputs)), strict=True)
     (result,) = canonical.gm.graph.output_node().args[0]
     assert torch.equal(values[result], expected)
+
+
+def test_what_nothing_reads_leaves_a_trunk() -> None:
+    canonical, _ = captured(dit(layers=3))
+    attention = find_attention(canonical)
+    (trunk, *_) = (s for s in partition(canonical, attention).segments[2:] if s.site is None)
+    (read,) = (i for i, node in enumerate(trunk.outputs) if node in attention.sites[1].sources)
+    settings = RewriteSettings(window=8, second=False, kernel="auto")
+    whole, lean = (rewrite(trunk, variant, settings) for variant in (Variant(), Variant(unread=(read,))))
+    norms = [
+        sum("layer_norm" in str(node.target) for node in graph.gm.graph.nodes if node.op == "call_function")
+        for graph in (whole, lean)
+    ]
+    assert norms == [2, 1]
+    inputs = [_like(value) for value in whole.inputs]
+    expected = [value for i, value in enumerate(whole.gm(*inputs)) if i != read]
+    for got, want in zip(lean.gm(*inputs), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def _like(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.randn(value.shape) if value.is_floating_point() else torch.zeros(value.shape, dtype=value.dtype)
 
 
 def test_equal_layers_are_equal() -> None:
