@@ -127,14 +127,14 @@ def stages_in(output: Path):
     return module, {stage.name: stage for stage in module.stages(options)}
 
 
-@pytest.mark.parametrize("name", ["dit-plan", "dit-methods", "pixart-2k", "dit-peers", "pixart-2k-tuned"])
+@pytest.mark.parametrize("name", ["dit-plan", "dit-methods", "dit-methods-1k", "pixart-2k", "dit-peers", "pixart-2k-tuned"])
 def test_every_stage_is_a_command_that_runs(name, tmp_path):
     _, found = stages_in(tmp_path)
     assert found[name].command[1:4] == ("-m", "difa_fx", "bench")
     with torch.no_grad():
         assert difa(list(found[name].command[3:])) == 0
     (case, *_) = json.loads((tmp_path / f"{name}.json").read_text())["cases"]
-    assert case["methods"] if name == "dit-methods" else case["generation"]
+    assert case["methods"] if name.startswith("dit-methods") else case["generation"]
 
 
 def test_kernels_have_a_ceiling_and_an_error(tmp_path):
