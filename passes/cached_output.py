@@ -2,14 +2,14 @@
 
 Before::
 
-    h -> norm -> linear q, k, v -> attention -> linear -> y -> gate, residual -> ...
+    h -> linear q, k, v -> attention -> linear -> y -> gate, residual -> ...
 
 After::
 
     output_in -> cached_output -> y -> gate, residual -> ...
 
-A joint attention has two outputs, and each gives way to its own.  Everything that nothing else reads - projections,
-norm, modulation - is dead then and leaves the graph.
+A joint attention has two outputs, and each gives way to its own.  Everything that nothing else reads - projections, and
+the norm and modulation before them - is dead then and leaves the graph.
 """
 
 from __future__ import annotations

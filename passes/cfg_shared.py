@@ -2,11 +2,11 @@
 
 Before::
 
-    h_BND -> norm -> linear q, k, v -> attention -> linear -> y_BND
+    h_BND -> linear q, k, v -> attention -> linear -> y_BND
 
 After, with C = B / 2::
 
-    h_BND -> cfg_half -> norm -> linear q, k, v -> attention -> linear -> y_CND -> cfg_shared -> y_BND
+    h_BND -> cfg_half -> linear q, k, v -> attention -> linear -> y_CND -> cfg_shared -> y_BND
 
 The whole region is computed for the half, projections included.  Its nodes are copied with the literal sizes
 that name the batch rewritten; side inputs that meet the batch are halved (:mod:`difa_fx.passes.batch_axis`).

@@ -1,12 +1,12 @@
 """partition: the graph cut at the sites, with equal layers made equal.
 
-Glossary.  A *region* is what a site computes, from the tensors that only it reads to its output.  A *trunk* is what
-lies between two regions: the rest of one block and the beginning of the next.  They alternate::
+Glossary.  A *region* is what a site computes, from what its projections read to its output.  A *trunk* is what lies
+between two regions: the rest of one block, and the norm that the next begins with.  They alternate::
 
     trunk 0 | region 0 | trunk 1 | region 1 | ... | trunk n
 
-Both are *segments*; each becomes one or more pieces.  A plan changes regions and, but for a half that is used for
-both halves of the batch, never a trunk: a step that reuses a site's output does not call its region at all.
+Both are *segments*; each becomes one or more pieces.  A plan changes regions and, but for what nothing reads at a step,
+never a trunk: a step that reuses a site's output does not call its region at all.
 A segment's *signature* is its structure without names: operations, constants, and the shape, stride, dtype and
 device of its inputs, parameters included.  Segments with one signature share their pieces; a denoiser of 28 equal
 layers has one region and one trunk signature besides its first and last trunk, not 28 of each.

@@ -2,7 +2,7 @@
 
 A *region* is everything a site computes, from its sources to its outputs::
 
-    source_BND -> norm, modulation -> linear q, k, v -> ... -> attention -> ... -> linear -> output_BND
+    source_BND -> linear q, k, v -> ... -> attention -> ... -> linear -> output_BND
 
 A joint attention may have two sources, the image's and the text's, and two outputs.
 
@@ -32,8 +32,8 @@ class AttentionSite:
         path: the module it lives in, for instance ``transformer_blocks.3.attn1``.
         kind: ``self``, or ``joint`` where text and image tokens stand in one sequence.
         call: the attention itself.
-        sources: the tensors that the region reads, [B, N, D] as a rule: the projections' inputs, or what the
-            norm and modulation before them read when nothing else reads their result.
+        sources: the tensors that the region reads, [B, N, D] as a rule: the projections' inputs, or what several of
+            them are made from.
         outputs: the last nodes of the region: what ``cached`` keeps.
         region: every node from the sources (left out) to the outputs, in graph order.
         axes: batch axis of the sources, of every region node and of each side input, as far as they have one.

@@ -127,7 +127,10 @@ def stages_in(output: Path):
     return module, {stage.name: stage for stage in module.stages(options)}
 
 
-@pytest.mark.parametrize("name", ["dit-plan", "dit-methods", "dit-methods-1k", "pixart-2k", "dit-peers", "pixart-2k-tuned"])
+BENCHES = ["dit-plan", "dit-methods", "dit-methods-1k", "pixart-2k", "dit-peers", "pixart-2k-tuned"]
+
+
+@pytest.mark.parametrize("name", BENCHES)
 def test_every_stage_is_a_command_that_runs(name, tmp_path):
     _, found = stages_in(tmp_path)
     assert found[name].command[1:4] == ("-m", "difa_fx", "bench")
