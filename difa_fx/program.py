@@ -59,7 +59,7 @@ class Call:
         inputs: slots it reads.
         outputs: slots it fills.
         dead: slots that nothing reads after it.
-        widen: axes along which its outputs, halves, are used for both halves; empty when they are whole.
+        widen: for each output that is a half and cannot stay one, the axis of the batch, else None; may be empty.
         residual: the residual it reads.
         fit_residual: how the stored residual is fitted to the batch it computes, when that differs.
         stored: the outputs it takes from the state instead of running.
@@ -74,7 +74,7 @@ class Call:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     dead: tuple[int, ...]
-    widen: tuple[int, ...] = ()
+    widen: tuple[int | None, ...] = ()
     residual: StateKey | None = None
     fit_residual: Callable[[Tensor], Tensor] | None = None
     stored: tuple[StateKey, ...] = ()
@@ -103,6 +103,7 @@ class ProgramBuilder:
         self.partition, self.compiler = partition, compiler
         slots = _slots(graph, partition)
         self._size, self._readers = len(slots), _readers(partition)
+        self._makers = {node: i for i, segment in enumerate(partition.segments) for node in segment.outputs}
         self._results = [_Slot(slots[v]) if isinstance(v, fx.Node) else v for v in output_values(graph)]
         self._layout = _layout(partition, slots, self._results)
 
@@ -120,17 +121,20 @@ class ProgramBuilder:
         """The program of one step, whose pieces :meth:`compile_rows` has made."""
         entries = [self._entry(segment, row) for segment in self.partition.segments]
         return tuple(
-            self.call(index, entry, variant)
+            self.call(index, entry, variant, halves=True)
             for index, (entry, variant) in enumerate(zip(entries, self._variants(row), strict=True))
         )
 
-    def call(self, index: int, entry: SiteStep | None, variant: Variant | None = _WHOLE) -> Call:
+    def call(
+        self, index: int, entry: SiteStep | None, variant: Variant | None = _WHOLE, *, halves: bool = False
+    ) -> Call:
         """Segment number ``index`` as a call.
 
         Args:
             index: which.
             entry: what its site does; None for a trunk.
-            variant: what a trunk yields; None when nothing reads any of it.
+            variant: of a trunk; None when nothing reads what it yields.
+            halves: whether a trunk takes a half that stands for both.
         """
         segment, place = self.partition.segments[index], self._layout[index]
         slots = (place.inputs, place.outputs, place.dead)
@@ -151,7 +155,7 @@ class ProgramBuilder:
         return Call(
             self.compiler.piece(segment, Variant(action)) if entry.runs else None,
             *slots,
-            widen=tuple(site.axes[node] for node in segment.outputs) if entry.output_half else (),
+            widen=self._widened(index, halves) if entry.output_half else (),
             residual=residual if entry.runs and action.method.windowed else None,
             fit_residual=self._fit(site, entry),
             stored=stored,
@@ -182,7 +186,7 @@ class ProgramBuilder:
             for waiting, key in call.moves:
                 state[key] = state.pop(waiting)
             if call.widen:
-                results = [cfg_shared(half, axis=axis) for half, axis in zip(results, call.widen, strict=False)]
+                results = [_both(half, axis) for half, axis in zip(results, call.widen, strict=False)]
             for slot, value in zip(call.outputs, results, strict=False):
                 slots[slot] = value
             del results
@@ -208,7 +212,33 @@ class ProgramBuilder:
                 yield Variant(entry.action) if entry.runs else None
                 continue
             unread = tuple(i for i, those in enumerate(readers) if not any(runs[reader] for reader in those))
-            yield None if len(unread) == len(segment.outputs) else Variant(None, unread)
+            halves = tuple(self._halves(segment, entries))
+            yield None if len(unread) == len(segment.outputs) else Variant(halves=halves, unread=unread)
+
+    def _halves(self, segment: Segment, entries: Sequence[SiteStep | None]) -> Iterator[tuple[int, int]]:
+        """The inputs of a trunk that are halves, and the axis of the batch."""
+        for position, node in enumerate(segment.inputs):
+            maker = self._makers.get(node)
+            entry = None if maker is None else entries[maker]
+            if maker is None or entry is None or not entry.output_half:
+                continue
+            number = self.partition.segments[maker].outputs.index(node)
+            if self._widened(maker, halves=True)[number] is None:
+                yield position, self._axes(maker)[number]
+
+    def _widened(self, index: int, halves: bool) -> tuple[int | None, ...]:
+        """The axis of each output of a site that something else than a trunk reads; ``halves``: or any."""
+        segments = self.partition.segments
+        inner = [
+            halves and all(reader < len(segments) and segments[reader].site is None for reader in readers)
+            for readers in self._readers[index]
+        ]
+        return tuple(None if stays else axis for stays, axis in zip(inner, self._axes(index), strict=True))
+
+    def _axes(self, index: int) -> tuple[int, ...]:
+        segment = self.partition.segments[index]
+        assert segment.site is not None
+        return tuple(segment.site.axes[node] for node in segment.outputs)
 
     def _fit(self, site: AttentionSite, entry: SiteStep) -> Callable[[Tensor], Tensor] | None:
         wants_half = entry.action.method.shares_cfg
@@ -229,6 +259,10 @@ def _results(call: Call, slots: Sequence[Any], state: State) -> Sequence[Any]:
         stored = state[call.residual]
         values.append(stored if call.fit_residual is None else call.fit_residual(stored))
     return call.run(values)
+
+
+def _both(half: Tensor, axis: int | None) -> Tensor:
+    return half if axis is None else cfg_shared(half, axis=axis)
 
 
 def _state_of(call: Call, results: Sequence[Any]) -> Iterator[tuple[StateKey, Tensor]]:

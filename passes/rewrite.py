@@ -5,7 +5,7 @@ A variant yields what its step reads and no more: what a trunk makes for a regio
 State is explicit.  A window step takes the stored residual as one more input after the region's own; a full step
 that must refresh it hands it out as one more output.  A site's output is an ordinary value between two segments,
 so to cache it is to keep that value, and to reuse it is not to call the region.  A ``+cfg`` region yields, and a
-``window+cfg`` region reads, the conditional half alone; the runner uses it for both.
+``window+cfg`` region reads, the conditional half alone; the trunk that reads it uses it for both.
 """
 
 from __future__ import annotations
@@ -35,14 +35,18 @@ class Variant:
 
     Attributes:
         action: what its site does; None for a trunk.
+        halves: inputs that come as the conditional half of the batch and stand for both; position and batch axis.
         unread: positions of the outputs that nothing reads at such a step, and that it does not yield.
     """
 
     action: SiteAction | None = None
+    halves: tuple[tuple[int, int], ...] = ()
     unread: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return " ".join((*map(str, filter(None, (self.action,))), *(f"-{position}" for position in self.unread)))
+        words = [] if self.action is None else [str(self.action)]
+        words += ["of a half"] if self.halves else []
+        return " ".join([*words, *(["less"] if self.unread else [])])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +99,7 @@ def rewrite(segment: Segment, variant: Variant, settings: RewriteSettings) -> Va
             axes = [segment.site.axes[node] for node in segment.outputs]
             expected = [half_of(value, axis) for value, axis in zip(expected, axes, strict=True)]
         graph.output_node().args = (tuple(outputs),)
+    _widen(graph, variant.halves)
     if variant.unread:
         kept = [i for i in range(len(expected)) if i not in variant.unread]
         expected = [expected[i] for i in kept]
@@ -105,6 +110,19 @@ def rewrite(segment: Segment, variant: Variant, settings: RewriteSettings) -> Va
     values = tuple(node.meta["val"] for node in placeholders(graph))
     _keep_layout(gm, values, expected)
     return VariantGraph(gm, values)
+
+
+def _widen(graph: fx.Graph, halves: Sequence[tuple[int, int]]) -> None:
+    """Let inputs come as halves; what reads them makes both halves of the batch from one on the way."""
+    inputs = placeholders(graph)
+    for position, axis in halves:
+        half, whole = inputs[position], inputs[position].meta["val"]
+        readers = list(half.users)
+        with graph.inserting_after(inputs[-1]):
+            shared = graph.call_function(attention.cfg_shared, (half,), {"axis": axis})
+        for reader in readers:
+            reader.replace_input_with(half, shared)
+        half.meta["val"], shared.meta["val"] = half_of(whole, axis), whole
 
 
 def check_possible(site: AttentionSite, method: Method) -> None:

@@ -89,11 +89,15 @@ def test_5_no_plan_is_inductor_bit_for_bit(name: str) -> None:
 
 
 def count_pieces(plan: Plan, sites: Sequence[str]) -> int:
-    """Three trunks, the first, the middle and the last; those before a site that is cached; and a region's actions."""
+    """A region's actions; and the first, the middle and the last trunk, each by what lies before it and behind."""
     rows = make_schedule(plan, sites).rows
     actions = {entry.action for row in rows for entry in row if entry.runs}
-    cached = {min(number, 1) for row in rows for number, entry in enumerate(row) if not entry.runs}
-    return 3 + len(cached) + len(actions)
+    trunks = set()
+    for row in rows:
+        for number, (before, behind) in enumerate(zip((None, *row), (*row, None), strict=True)):
+            kind = "first" if not number else "last" if number == len(sites) else "middle"
+            trunks.add((kind, before is not None and before.output_half, behind is not None and not behind.runs))
+    return len(trunks) + len(actions)
 
 
 def test_6_pieces_are_unique_segments_times_variants() -> None:
