@@ -17,9 +17,10 @@ from torch import Tensor, fx
 
 from difa_fx.attention import cfg_half, cfg_shared
 from difa_fx.compile import Piece, PieceCompiler
+from difa_fx.crossings import Crossings
 from difa_fx.passes.autocast import without_autocast
 from difa_fx.passes.graph_tools import output_values, placeholders
-from difa_fx.passes.partition import Partition, Segment
+from difa_fx.passes.partition import Partition
 from difa_fx.passes.rewrite import Variant, residual_axis
 from difa_fx.passes.sites import AttentionSite
 from difa_fx.schedule import SiteStep
@@ -102,8 +103,7 @@ class ProgramBuilder:
     def __init__(self, graph: fx.Graph, partition: Partition, compiler: PieceCompiler) -> None:
         self.partition, self.compiler = partition, compiler
         slots = _slots(graph, partition)
-        self._size, self._readers = len(slots), _readers(partition)
-        self._makers = {node: i for i, segment in enumerate(partition.segments) for node in segment.outputs}
+        self._size, self._crossings = len(slots), Crossings(partition)
         self._results = [_Slot(slots[v]) if isinstance(v, fx.Node) else v for v in output_values(graph)]
         self._layout = _layout(partition, slots, self._results)
 
@@ -113,16 +113,16 @@ class ProgramBuilder:
         self.compiler.compile_all(
             (segment, variant)
             for row in rows
-            for segment, variant in zip(segments, self._variants(row), strict=True)
+            for segment, variant in zip(segments, self._crossings.variants(row), strict=True)
             if variant is not None
         )
 
     def program(self, row: Mapping[str, SiteStep]) -> Program:
         """The program of one step, whose pieces :meth:`compile_rows` has made."""
-        entries = [self._entry(segment, row) for segment in self.partition.segments]
+        variants = self._crossings.variants(row)
         return tuple(
-            self.call(index, entry, variant, halves=True)
-            for index, (entry, variant) in enumerate(zip(entries, self._variants(row), strict=True))
+            self.call(index, None if segment.site is None else row[segment.site.path], variant, halves=True)
+            for index, (segment, variant) in enumerate(zip(self.partition.segments, variants, strict=True))
         )
 
     def call(
@@ -134,7 +134,7 @@ class ProgramBuilder:
             index: which.
             entry: what its site does; None for a trunk.
             variant: of a trunk; None when nothing reads what it yields.
-            halves: whether a trunk takes a half that stands for both.
+            halves: whether trunks take halves that stand for both, as :meth:`program` has them.
         """
         segment, place = self.partition.segments[index], self._layout[index]
         slots = (place.inputs, place.outputs, place.dead)
@@ -199,46 +199,8 @@ class ProgramBuilder:
         """The graph's outputs, after its last segment ran."""
         return tuple(slots[result.slot] if isinstance(result, _Slot) else result for result in self._results)
 
-    @staticmethod
-    def _entry(segment: Segment, row: Mapping[str, SiteStep]) -> SiteStep | None:
-        return None if segment.site is None else row[segment.site.path]
-
-    def _variants(self, row: Mapping[str, SiteStep]) -> Iterator[Variant | None]:
-        """What a step asks of each segment; None of one that does not run."""
-        entries = [self._entry(segment, row) for segment in self.partition.segments]
-        runs = [*(entry is None or entry.runs for entry in entries), True]  # the caller takes what the graph returns
-        for segment, entry, readers in zip(self.partition.segments, entries, self._readers, strict=True):
-            if entry is not None:
-                yield Variant(entry.action) if entry.runs else None
-                continue
-            unread = tuple(i for i, those in enumerate(readers) if not any(runs[reader] for reader in those))
-            halves = tuple(self._halves(segment, entries))
-            yield None if len(unread) == len(segment.outputs) else Variant(halves=halves, unread=unread)
-
-    def _halves(self, segment: Segment, entries: Sequence[SiteStep | None]) -> Iterator[tuple[int, int]]:
-        """The inputs of a trunk that are halves, and the axis of the batch."""
-        for position, node in enumerate(segment.inputs):
-            maker = self._makers.get(node)
-            entry = None if maker is None else entries[maker]
-            if maker is None or entry is None or not entry.output_half:
-                continue
-            number = self.partition.segments[maker].outputs.index(node)
-            if self._widened(maker, halves=True)[number] is None:
-                yield position, self._axes(maker)[number]
-
     def _widened(self, index: int, halves: bool) -> tuple[int | None, ...]:
-        """The axis of each output of a site that something else than a trunk reads; ``halves``: or any."""
-        segments = self.partition.segments
-        inner = [
-            halves and all(reader < len(segments) and segments[reader].site is None for reader in readers)
-            for readers in self._readers[index]
-        ]
-        return tuple(None if stays else axis for stays, axis in zip(inner, self._axes(index), strict=True))
-
-    def _axes(self, index: int) -> tuple[int, ...]:
-        segment = self.partition.segments[index]
-        assert segment.site is not None
-        return tuple(segment.site.axes[node] for node in segment.outputs)
+        return self._crossings.widened(index) if halves else self._crossings.axes(index)
 
     def _fit(self, site: AttentionSite, entry: SiteStep) -> Callable[[Tensor], Tensor] | None:
         wants_half = entry.action.method.shares_cfg
@@ -293,18 +255,6 @@ def _slots(graph: fx.Graph, partition: Partition) -> dict[fx.Node, int]:
     """A slot for each input of the graph, in order, and for each value that crosses segments."""
     nodes = [*placeholders(graph), *(n for s in partition.segments for n in s.outputs)]
     return {node: slot for slot, node in enumerate(nodes)}
-
-
-def _readers(partition: Partition) -> list[list[list[int]]]:
-    """By segment and output, which segments read it; the number after the last is the caller."""
-    segments = partition.segments
-    found: dict[fx.Node, list[int]] = {node: [] for segment in segments for node in segment.outputs}
-    for number, segment in enumerate(segments):
-        for node in found.keys() & segment.inputs:
-            found[node].append(number)
-        for node in segment.returned:
-            found[node].append(len(segments))
-    return [[found[node] for node in segment.outputs] for segment in segments]
 
 
 def _layout(partition: Partition, slots: Mapping[fx.Node, int], results: Sequence[Any]) -> tuple[_Place, ...]:

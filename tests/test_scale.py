@@ -63,7 +63,7 @@ model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
 try:
     difa_fx.attach(types.SimpleNamespace(transformer=model, scheduler=DDIMScheduler()), "plan.json")
 except difa_fx.errors.AttachError as error:
-    print("refused:", str(error).splitlines()[0])
+    print(f"refused: {str(error).splitlines()[0]}\\n", end="", flush=True)  # one write, for two processes share a pipe
 dist.destroy_process_group()
 """
 
