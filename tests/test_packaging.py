@@ -30,6 +30,7 @@ LAYERS = (
     ("schedule",),
     ("passes",),
     ("inspection", "compile"),
+    ("crossings",),
     ("program",),
     ("clock", "cuda_graphs", "timestep", "sessions", "runtime"),
     ("options",),
