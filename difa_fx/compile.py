@@ -74,23 +74,23 @@ class PieceCompiler:
         """The piece for a variant of ``segment``, which :meth:`compile_all` has made."""
         return self.pieces[segment.signature, variant]
 
-    def _begin(self, variant: VariantGraph) -> Callable[[], Piece]:
-        """Trace a variant; the result compiles it."""
-        gm, inputs = variant.gm, variant.inputs
+    def _begin(self, graph: VariantGraph) -> Callable[[], Piece]:
+        """Trace a variant's graph; the result compiles it."""
+        gm, inputs = graph.gm, graph.inputs
         if self.compiler == "eager":
             return lambda: _boxed(gm)
         if self.compiler == "aot_eager":
             return lambda: _boxed(trace_aten(gm, inputs))
-        return begin_lowering(gm, inputs, {**_PATCHES, **self.patches, **_flex_patches(variant)})
+        return begin_lowering(gm, inputs, {**_PATCHES, **self.patches, **_flex_patches(graph)})
 
 
 def _boxed(gm: fx.GraphModule) -> Piece:
     return lambda values: gm(*values)
 
 
-def _flex_patches(variant: VariantGraph) -> dict[str, Any]:
+def _flex_patches(graph: VariantGraph) -> dict[str, Any]:
     """Inductor's C++ flex template cannot take a fused epilogue; on CPU fusion is off for its pieces."""
-    for node in variant.gm.graph.nodes:
+    for node in graph.gm.graph.nodes:
         flex = node.target in (window_attention, window_residual) and node.kwargs["kernel"] == "flex"
         if flex and node.args[0].meta["val"].device.type == "cpu":
             return {"epilogue_fusion": False}

@@ -119,7 +119,7 @@ inline float joined(Vector x, Join&& join) {
 
 // Which lanes come before `count`.
 template <int... LANE>
-inline Integers before(int64_t count, std::integer_sequence<int, LANE...>) {
+inline Integers lanes_before(int64_t count, std::integer_sequence<int, LANE...>) {
   return Integers{LANE...} < static_cast<int32_t>(std::min<int64_t>(count, kLanes));
 }
 
@@ -132,7 +132,7 @@ inline float largest_of(const float* s, int64_t count) {
     most[1] = larger(most[1], load(s + i + kLanes));
   }
   for (; i < count; i += kLanes)
-    most[0] = larger(most[0], before(count - i, Lanes{}) ? load(s + i) : Vector{} + kNone);
+    most[0] = larger(most[0], lanes_before(count - i, Lanes{}) ? load(s + i) : Vector{} + kNone);
   return joined(larger(most[0], most[1]), larger);
 }
 
@@ -376,7 +376,7 @@ struct Worker {
       }
     }
     for (; i < count; i += kLanes) {
-      const Integers there = before(count - i, Lanes{});
+      const Integers there = lanes_before(count - i, Lanes{});
       const Vector value = exp2_of(load(s + i) - largest);
       store(e + i, there ? value : load(e + i));
       sums[0] += there ? value : Vector{};

@@ -19,34 +19,32 @@ class Crossings:
     """Who reads what in one partition."""
 
     def __init__(self, partition: Partition) -> None:
-        self._segments = partition.segments
-        self._makers = {node: i for i, segment in enumerate(partition.segments) for node in segment.outputs}
-        self._readers = _readers(partition)
+        self._segments, self._readers = partition.segments, _readers(partition)
+        self._shareable = dict(self._read_by_trunks())
 
     def variants(self, row: Mapping[str, SiteStep]) -> list[Variant | None]:
         """What a step, site to what it does, asks of each segment; None of one that need not run."""
         entries = [None if s.site is None else row[s.site.path] for s in self._segments]
         runs = [*(entry is None or entry.runs for entry in entries), True]  # the caller takes what the graph returns
-        return [
-            self._of_trunk(segment, readers, runs, entries)
-            if entry is None
-            else Variant(entry.action)
-            if entry.runs
-            else None
-            for segment, entry, readers in zip(self._segments, entries, self._readers, strict=True)
-        ]
+        found: list[Variant | None] = []
+        for segment, entry, readers in zip(self._segments, entries, self._readers, strict=True):
+            if entry is not None:
+                found.append(Variant(entry.action) if entry.runs else None)
+                continue
+            unread = tuple(i for i, those in enumerate(readers) if not any(runs[reader] for reader in those))
+            needed = len(unread) < len(segment.outputs)
+            found.append(Variant(halves=tuple(self._halves(segment, entries)), unread=unread) if needed else None)
+        return found
 
     def widened(self, index: int) -> tuple[int | None, ...]:
         """For each output of a site the axis of the batch, if something else than a trunk reads it, else None.
 
         Only a trunk can take a half that stands for both.
         """
-        last = len(self._segments)
-        trunks = [
-            all(reader < last and self._segments[reader].site is None for reader in readers)
-            for readers in self._readers[index]
-        ]
-        return tuple(None if inner else axis for inner, axis in zip(trunks, self.axes(index), strict=True))
+        outputs = self._segments[index].outputs
+        return tuple(
+            None if node in self._shareable else axis for node, axis in zip(outputs, self.axes(index), strict=True)
+        )
 
     def axes(self, index: int) -> tuple[int, ...]:
         """The axis of the batch of each output of a site.  Raises KeyError where the batch is not followed."""
@@ -54,28 +52,23 @@ class Crossings:
         assert segment.site is not None
         return tuple(segment.site.axes[node] for node in segment.outputs)
 
-    def _of_trunk(
-        self,
-        segment: Segment,
-        readers: Sequence[Sequence[int]],
-        runs: Sequence[bool],
-        entries: Sequence[SiteStep | None],
-    ) -> Variant | None:
-        unread = tuple(i for i, those in enumerate(readers) if not any(runs[reader] for reader in those))
-        if len(unread) == len(segment.outputs):
-            return None
-        return Variant(halves=tuple(self._halves(segment, entries)), unread=unread)
+    def _read_by_trunks(self) -> Iterator[tuple[fx.Node, int]]:
+        """The outputs of sites that only trunks read, and the number of the site's segment."""
+        trunks = [*(segment.site is None for segment in self._segments), False]
+        for number, (segment, readers) in enumerate(zip(self._segments, self._readers, strict=True)):
+            if segment.site is not None:
+                for node, those in zip(segment.outputs, readers, strict=True):
+                    if all(trunks[reader] for reader in those):
+                        yield node, number
 
     def _halves(self, segment: Segment, entries: Sequence[SiteStep | None]) -> Iterator[tuple[int, int]]:
         """The inputs of a trunk that are halves, and their axes of the batch."""
         for position, node in enumerate(segment.inputs):
-            maker = self._makers.get(node)
-            entry = None if maker is None else entries[maker]
-            if maker is None or entry is None or not entry.output_half:
-                continue
-            number = self._segments[maker].outputs.index(node)
-            if self.widened(maker)[number] is None:
-                yield position, self.axes(maker)[number]
+            number = self._shareable.get(node)
+            entry = None if number is None else entries[number]
+            site = None if number is None else self._segments[number].site
+            if site is not None and entry is not None and entry.output_half:
+                yield position, site.axes[node]
 
 
 def _readers(partition: Partition) -> list[list[list[int]]]:
