@@ -5,7 +5,7 @@
 Every kernel that serves this device takes turns with ``scaled_dot_product_attention``.  A window is an eighth of the
 tokens to either side, and its residual is added; ``refresh`` is full attention together with a new residual.  The
 ideal is the share of (query, key) pairs in the window.  Kernels that are graphs (flex) are compiled by Inductor first.
-On CUDA each is a CUDA graph of some runs, so that launches do not count.
+On CUDA each is a CUDA graph of some runs, so that launches do not count; what the host takes for them is ``host us``.
 
 The ceiling is what a large matrix product reaches on the same device in the same process, and the rate of a kernel
 counts the operations of the pairs in the window alone.  ``error`` is the relative L1 distance of a window step with a
@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def _measure(
                 "flops_per_second": rate,
                 "share_of_ceiling": rate / ceilings["flops_per_second"],
                 "error": errors.get(name),
+                "host_seconds": _host_seconds(steps[name]) if device.type == "cuda" else None,
             }
         )
     return rows
@@ -149,6 +151,17 @@ def _seconds(
     return {name: [value / times for value in values] for name, values in found.items()}
 
 
+def _host_seconds(step: Callable[[], Any]) -> float:
+    """Median seconds that the host takes to launch a run of ``step``."""
+    found = []
+    for _ in range(50):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
 def _write(record: dict[str, Any], options: argparse.Namespace) -> None:
     options.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     options.output.with_suffix(".md").write_text(_table(record, options), encoding="utf-8")
@@ -163,14 +176,15 @@ def _table(record: dict[str, Any], options: argparse.Namespace) -> str:
         f"Ceiling: a large matrix product runs at {ceilings['flops_per_second'] / 1e12:.4g} TFLOP/s, a copy at "
         f"{ceilings['bytes_per_second'] / 1e9:.4g} GB/s."
     )
-    head = "| tokens | head width | window | step | ideal | time / full | ms | TFLOP/s | of the ceiling | error |"
+    head = "| tokens | head width | window | step | ideal | time / full | ms | TFLOP/s | of ceiling | error | host us |"
     lines = [f"{title} {told} {most}", "", head, "|" + "---|" * head.count(" |")]
     for row in record["rows"]:
         measured = f"{row['ratio']:.3f} ({row['least']:.3f} - {row['largest']:.3f})"
         size = f"{row['tokens']} | {row['head_dim']} | {row['window']}"
         rate = f"{row['flops_per_second'] / 1e12:.3g} | {row['share_of_ceiling']:.0%}"
         error = "" if row["error"] is None else f"{row['error']:.1g}"
-        told = f"{row['ideal']:.3f} | {measured} | {1000 * row['seconds']:.4g} | {rate} | {error}"
+        host = "" if row.get("host_seconds") is None else f"{1e6 * row['host_seconds']:.3g}"
+        told = f"{row['ideal']:.3f} | {measured} | {1000 * row['seconds']:.4g} | {rate} | {error} | {host}"
         lines.append(f"| {size} | {row['step']} | {told} |")
     lines += [""] * bool(record["failed"]) + [f"- {name} failed: {why}" for name, why in record["failed"].items()]
     return "\n".join(lines) + "\n"

@@ -14,8 +14,8 @@ import pytest
 import torch
 from processes import HERE, run
 
-from difa_fx import attention, cuda_window
-from difa_fx.cuda_window import columns
+from difa_fx import attention, cuda_launch, cuda_window
+from difa_fx.cuda_launch import Operands, columns
 from difa_fx.errors import OptionError
 
 
@@ -99,14 +99,53 @@ def interpreted(cases: list[dict[str, Any]]) -> list[dict[str, float]]:
     return json.loads(run([*python, str(HERE / "interpreted_windows.py"), json.dumps(cases)]))
 
 
+@needs_triton
+@pytest.mark.slow
+def test_a_later_launch_hands_over_what_triton_would() -> None:
+    cases = json.loads(run([sys.executable, "-W", "ignore", str(HERE / "launched_windows.py")]))
+    assert len(cases) == 7
+    for name, found in cases.items():
+        first, *later = found.pop("asked")
+        assert first >= 1 and later == [0, 1], name
+        assert found == {"one form": True, "as by Triton": True, "again": True}, name
+
+
+def form(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> cuda_launch.Form:
+    out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)
+    how = {"window": 4, "text": (0, 0), "scale": 1.0, "maps": True} | settings
+    return Operands(q, k, v, how.pop("residual", None), out, how.pop("missed", None)).form(**how)
+
+
 def test_what_the_memory_unit_can_load() -> None:
     packed_BNK = torch.zeros(2, 30, 3 * 4 * 72, dtype=torch.float16)
     q_BHND = packed_BNK.unflatten(2, (3, 4, 72)).unbind(2)[1].transpose(1, 2)
-    assert cuda_window.mappable(q_BHND) and cuda_window.mappable(q_BHND.contiguous())
-    assert cuda_window.mappable(q_BHND[:1, :1])
-    assert not cuda_window.mappable(packed_BNK.flatten()[1:-71].view(1, 1, -1, 72)), "not at a multiple of 16 bytes"
-    assert not cuda_window.mappable(q_BHND[:, :1].expand(-1, 4, -1, -1)), "a row twice"
-    assert not cuda_window.mappable(torch.zeros(2, 4, 30, 5, dtype=torch.float16)), "rows of 10 bytes"
+
+    def mappable(t_BHND: torch.Tensor) -> bool:
+        return cuda_launch.mappable(form(t_BHND, t_BHND, t_BHND), 1)
+
+    assert mappable(q_BHND) and mappable(q_BHND.contiguous())
+    assert mappable(q_BHND[:1, :1])
+    assert not mappable(packed_BNK.flatten()[1:-71].view(1, 1, -1, 72)), "not at a multiple of 16 bytes"
+    assert not mappable(q_BHND[:, :1].expand(-1, 4, -1, -1)), "a row twice"
+    assert not mappable(torch.zeros(2, 4, 30, 5, dtype=torch.float16)), "rows of 10 bytes"
+
+
+def test_tensors_of_one_form_share_a_launcher_and_others_do_not() -> None:
+    packed_BNK = torch.zeros(2, 30, 4 * 72 + 8, dtype=torch.float16)
+    q = packed_BNK[..., :-8].unflatten(2, (4, 72)).transpose(1, 2)
+    like, shifted = torch.zeros_like(packed_BNK)[..., 8:].unflatten(2, (4, 72)).transpose(1, 2), packed_BNK[..., 1:-7]
+    usual, other = form(q, q, q), torch.zeros(2, 30, 4, 72, dtype=torch.float16)
+    assert form(like, q, like) == usual and hash(form(like, q, like)) == hash(usual)
+    different = [
+        form(q, q, shifted.unflatten(2, (4, 72)).transpose(1, 2)),
+        form(q, other.transpose(1, 2), q),
+        form(q[:1], q[:1], q[:1]),
+        form(*[t.to(torch.bfloat16) for t in (q, q, q)]),
+        form(q, q, q, residual=other),
+        form(q, q, q, missed=other),
+        *(form(q, q, q, **one) for one in ({"window": 5}, {"text": (1, 0)}, {"scale": 2.0}, {"maps": False})),
+    ]
+    assert len({usual, *different}) == 1 + len(different)
 
 
 def test_a_width_is_two_powers_of_two_and_wastes_little() -> None:
@@ -120,7 +159,7 @@ def test_a_width_is_two_powers_of_two_and_wastes_little() -> None:
 
 def test_every_width_has_blocks_to_try() -> None:
     for width in range(1, 513):
-        assert 1 <= len(cuda_window.blocks(width)) <= 3
+        assert 1 <= len(cuda_launch.blocks(width)) <= 3
 
 
 SITE = {"grid": (1024,), "size": (128,), "text": (0, 0), "masked": False}

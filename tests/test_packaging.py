@@ -24,6 +24,7 @@ LAYERS = (
     ("_torch",),
     ("banded", "block_masks", "device_time"),
     ("window_ops", "cuda_kernels"),
+    ("cuda_launch",),
     ("cpu_window", "cuda_window", "flash_window"),
     ("cost", "attention"),
     ("kernel_race",),
@@ -127,7 +128,7 @@ def test_heavy_packages_have_one_home(module):
     assert "passes" not in roots
     assert "matplotlib" not in roots or layer(module) == "report" or module == "difa_fx.bench.plots"
     assert "diffusers" not in roots or layer(module) in {"pipelines", "cli", "bench"}
-    assert "triton" not in roots or layer(module) in {"cuda_kernels", "cuda_window"}
+    assert "triton" not in roots or layer(module) in {"cuda_kernels", "cuda_launch"}
     if LEVEL[layer(module)] <= LEVEL["plan"]:
         assert "torch" not in roots
 
