@@ -9,7 +9,7 @@ from typing import Any, get_args
 from difa_fx.errors import CalibrationError
 from difa_fx.greedy import CANDIDATES
 from difa_fx.plan import CFGOrder, Method
-from difa_fx.plan_rules import Window
+from difa_fx.plan_words import Window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

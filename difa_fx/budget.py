@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from difa_fx.errors import CalibrationError
-from difa_fx.plan_rules import Method
+from difa_fx.plan_words import Method
 from difa_fx.site_costs import LARGEST, Array, SiteCosts, as_amount, wrong_costs
 
 __all__ = ["Choice", "SiteCosts", "choose", "least_seconds", "plan_seconds"]

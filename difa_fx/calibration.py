@@ -39,7 +39,7 @@ from difa_fx.options import parse_options
 from difa_fx.passes.find_attention import Attention
 from difa_fx.plan import DEFAULT_WINDOW, CFGOrder, Method, Plan
 from difa_fx.plan_io import thaw
-from difa_fx.plan_rules import Window
+from difa_fx.plan_words import Window, calls_per_step
 from difa_fx.search import Backend, SearchSettings
 from difa_fx.workers import Workers, share_samples
 
@@ -276,7 +276,7 @@ class _Calibration:
         """Settle the CFG order and the candidates, at the first call."""
         asked, inputs = self.asked, attention.inputs
         known = self.order or rules.as_cfg(asked.cfg if asked.cfg != "auto" else None, "cfg")
-        order = known if rules.calls_per_step(known) == 2 else None
+        order = known if calls_per_step(known) == 2 else None
         if not order and asked.cfg and any(m.shares_cfg for m in asked.candidates) and is_guided(args, inputs):
             order = known or guidance_order(args, inputs, self._dynamic(args))
         order = self.workers.same(order)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 
 from difa_fx.errors import SiteError
 from difa_fx.plan import Method, Plan, Window
-from difa_fx.plan_rules import window_follows
+from difa_fx.plan_words import window_follows
 
 __all__ = [
     "SiteShape",

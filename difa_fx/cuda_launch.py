@@ -2,8 +2,8 @@
 
 Triton binds a kernel's arguments by name, asks the autotuner for what it found, and looks for the compiled kernel by
 the types and alignments of all arguments.  That takes the host longer than the kernel takes the device over a
-thousand tokens.  All of it follows from the :class:`Form` of the tensors, so it is Triton's business at the first launch with
-a form; later ones give the kernel that was compiled then nothing but its arguments.
+thousand tokens.  All of it follows from the :class:`Form` of the tensors, so the first launch with a form is Triton's;
+later ones give the kernel that was compiled then nothing but its arguments.
 
 Letters: B batch, H heads, N tokens, D head width.
 """

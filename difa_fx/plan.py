@@ -19,19 +19,9 @@ from typing import Any, Final
 from difa_fx import plan_rules as rules
 from difa_fx.errors import PlanError, nearest
 from difa_fx.plan_io import FrozenDict, plan_text, read_json, thaw, write_text, xdit_columns
-from difa_fx.plan_rules import (
-    FORMAT,
-    VERSION,
-    CFGOrder,
-    GridWindow,
-    Method,
-    Window,
-    as_window,
-    check_reads,
-    fault,
-    window_json,
-)
+from difa_fx.plan_rules import FORMAT, VERSION, as_window, check_reads, fault
 from difa_fx.plan_steps import derived, resampled
+from difa_fx.plan_words import CFGOrder, GridWindow, Method, Window, calls_per_step, window_json
 
 __all__ = [
     "DEFAULT_WINDOW",
@@ -285,7 +275,7 @@ class Plan:
     @property
     def calls_per_step(self) -> int:
         """How often a step calls the denoiser: twice where the halves of guidance are calls of their own."""
-        return rules.calls_per_step(self.cfg)
+        return calls_per_step(self.cfg)
 
     @property
     def uses_windows(self) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Final
 
-from difa_fx.plan_rules import Method
+from difa_fx.plan_words import Method
 
 _CALIBRATION: Final = "calibration"
 _DERIVED: Final = "derived"

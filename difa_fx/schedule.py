@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from difa_fx.cost import SiteShape
 from difa_fx.plan import Method, Plan
-from difa_fx.plan_rules import window_follows
+from difa_fx.plan_words import window_follows
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from difa_fx.passes.partition import partition
 from difa_fx.passes.rewrite import RewriteSettings
 from difa_fx.passes.window_attention import fitted
 from difa_fx.plan import CFGOrder, Method, Plan
-from difa_fx.plan_rules import Window, calls_per_step
+from difa_fx.plan_words import Window, calls_per_step
 from difa_fx.program import Call, ProgramBuilder, State
 from difa_fx.runtime import Runner
 from difa_fx.schedule import FULL, SiteAction, SiteStep, make_schedule, open_calls, open_step, without_residuals

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from difa_fx.errors import CalibrationError
 from difa_fx.plan_io import seen
-from difa_fx.plan_rules import Method
+from difa_fx.plan_words import Method
 
 __all__ = ["LARGEST", "Array", "SiteCosts", "as_amount", "wrong_costs"]
 

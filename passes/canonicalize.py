@@ -111,11 +111,10 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
 
 def _exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, list[str]]:
     """Functional ATen graph of ``gm`` and the inputs that it writes to, the cheapest way there is."""
-    if not any(is_write(node) for node in gm.graph.nodes):
-        traced = retrace(gm, fakes) or trace_functional(gm, fakes)
-        if traced is not None:
-            return traced, []
-    return export_functional(gm, fakes)
+    traced = retrace(gm, fakes)
+    if traced is None and not any(is_write(node) for node in gm.graph.nodes):
+        traced = trace_functional(gm, fakes)
+    return export_functional(gm, fakes) if traced is None else (traced, [])
 
 
 def _refuse_unknown_sizes(graph: fx.Graph) -> None:

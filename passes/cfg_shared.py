@@ -22,7 +22,8 @@ import torch
 from torch import fx
 
 from difa_fx import attention
-from difa_fx.passes.batch_axis import Step, follow
+from difa_fx.passes.batch_axis import follow
+from difa_fx.passes.batch_step import Step
 from difa_fx.passes.graph_tools import evaluate
 from difa_fx.passes.sites import AttentionSite
 

@@ -19,7 +19,8 @@ from dataclasses import replace
 from torch import fx
 
 from difa_fx.passes.attention_calls import AttentionCall, UnreadCall, attention_calls
-from difa_fx.passes.batch_axis import LostBatchError, batch_axes, follow
+from difa_fx.passes.batch_axis import batch_axes, follow
+from difa_fx.passes.batch_step import LostBatchError
 from difa_fx.passes.canonicalize import CanonicalGraph
 from difa_fx.passes.explicit_attention import linear_attention
 from difa_fx.passes.graph_tools import ancestors, call_of, descendants, module_path, placeholders, shape_of

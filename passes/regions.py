@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from difa_fx.passes.batch_axis import LostBatchError
+from difa_fx.passes.batch_step import LostBatchError
 from difa_fx.passes.graph_tools import block_of, module_path, shape_of, tensor_of, within
 from difa_fx.passes.token_axis import Known
 

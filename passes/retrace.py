@@ -5,41 +5,27 @@ copied to where the others stand::
 
     y = linear(x, w0, b0) ... z = linear(y, w1, b1)     ->     aten.linear is traced once and copied twice
 
-Operations are of one kind if target, constants, and the shape, strides, dtype and device of every tensor are the same.
-What a trace yields is compared with what Dynamo found out (``meta["example_value"]``).  Graphs in which more than the
-edges matters (writes in place, autocast, subgraphs, symbolic sizes) are left to a trace of the whole.
+What a trace yields is compared with what Dynamo found out (``meta["example_value"]``).  A write in place becomes a
+new value (:mod:`difa_fx.passes.overwriting`).  Graphs in which more than the edges matters (writes to memory that has
+other names, autocast, subgraphs, symbolic sizes) are left to a trace of the whole.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import torch
 from torch import Tensor, fx
 
-from difa_fx._torch import FakeTensor, FakeTensorMode, fake_like, mode_of, trace_functional
-from difa_fx.passes.graph_tools import ancestors, is_write, output_values, placeholders, traced_from
-
-_CONSTANTS: Final = (bool, int, float, complex, str, type(None), type(...))
-_TORCH_CONSTANTS: Final = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+from difa_fx._torch import FakeTensor, FakeTensorMode, fake_like, mode_of
+from difa_fx.passes.graph_tools import is_write, placeholders, traced_from
+from difa_fx.passes.kinds import Body, Kinds, UnfitError, Value, described, flat, mapped
+from difa_fx.passes.overwriting import Memory, overwritten
 
 _IDLE: Final = ("_log_api_usage_once",)
 """What a graph calls for nothing that can be seen in it."""
-
-
-class _UnfitError(Exception):
-    """The graph cannot be traced operation by operation."""
-
-
-@dataclass(slots=True, eq=False)
-class _Value:
-    """A tensor: as Dynamo or a trace knows it, and its node in the new graph once that is there."""
-
-    fake: Tensor
-    node: fx.Node | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,43 +33,58 @@ class _Operation:
     """An operation of Dynamo's graph: its kind, and the tensors that it reads and yields, these structured alike."""
 
     node: fx.Node
+    writes: bool
     kind: int
-    read: Sequence[_Value]
+    read: Sequence[Value]
     result: Any
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Body:
-    """One kind, traced: its placeholders, what it computes in order, and its result's nodes, flat."""
-
-    inputs: Sequence[fx.Node]
-    nodes: Sequence[fx.Node]
-    result: Sequence[fx.Node]
-
-
 @dataclass(slots=True)
-class _Kinds:
-    """A torch-level graph that calls one operation of each kind on placeholders of its own."""
+class _Reading:
+    """Dynamo's graph, read in order.
 
-    graph: fx.Graph = field(default_factory=fx.Graph)
-    inputs: list[list[fx.Node]] = field(default_factory=list)
-    results: list[fx.Node] = field(default_factory=list)
-    _numbers: dict[Any, int] = field(default_factory=dict)
+    Attributes:
+        values: what each node's name stands for; after a write, the new value.
+        pure: kinds of the operations that write nothing.
+        writes: kinds of those that do.
+        memory: who shares memory.
+    """
 
-    def number(self, node: fx.Node, args: Any, kwargs: Any, read: Sequence[_Value]) -> int:
-        """The kind of ``node``; its arguments hold values of ``read`` where they held nodes."""
-        position = {id(value): i for i, value in enumerate(read)}
-        spelled = _spelled((args, kwargs), lambda value: position[id(value)])
-        key = (node.op, node.target, spelled, tuple(_described(value.fake) for value in read))
-        kind = self._numbers.setdefault(key, len(self.results))
-        if kind == len(self.results):
-            made = [self.graph.placeholder(f"kind{kind}_{i}") for i in range(len(read))]
-            for placeholder, value in zip(made, read, strict=True):
-                placeholder.meta["val"] = value.fake
-            own = _mapped((args, kwargs), lambda value: made[position[id(value)]])
-            self.inputs.append(made)
-            self.results.append(self.graph.create_node(node.op, node.target, *own))
-        return kind
+    graph: fx.Graph
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    pure: Kinds = field(default_factory=Kinds)
+    writes: Kinds = field(default_factory=Kinds)
+    memory: Memory | None = None
+
+    def operations(self) -> Iterator[_Operation]:
+        """The operations in order."""
+        for node in self.graph.nodes:
+            if node.op in ("placeholder", "output") or getattr(node.target, "__name__", "") in _IDLE:
+                continue
+            if node.op not in ("call_function", "call_method") or node.target is getattr:
+                raise UnfitError  # it does not act through its result alone
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+            if node.target is operator.getitem and isinstance(args[0], tuple):
+                self.values[node] = args[0][args[1]]
+            else:
+                yield self._written(node, args, kwargs) if is_write(node) else self._called(node, args, kwargs)
+
+    def _called(self, node: fx.Node, args: Any, kwargs: Any) -> _Operation:
+        result = self.values[node] = _values(node.meta.get("example_value"))
+        read = _once((args, kwargs))
+        return _Operation(node, False, self.pure.number(node.op, node.target, (args, kwargs), read), read, result)
+
+    def _written(self, node: fx.Node, args: Any, kwargs: Any) -> _Operation:
+        """A write, whose target's name stands for its result from here on."""
+        if self.memory is None:
+            self.memory = Memory(self.graph)
+        target = node.args[0]
+        if not isinstance(target, fx.Node) or not self.memory.is_private(node):
+            raise UnfitError
+        read = _once((args, kwargs))
+        kind = self.writes.number("call_function", overwritten(node.target), (args, kwargs), read)
+        result = self.values[node] = self.values[target] = Value(self.values[target].fake)
+        return _Operation(node, True, kind, read, result)
 
 
 def retrace(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule | None:
@@ -93,138 +94,64 @@ def retrace(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule | None:
         gm: what Dynamo handed over; parameters are placeholders.
         fakes: fake tensors, one a placeholder.
     """
-    values: dict[fx.Node, Any] = {}
-    kinds = _Kinds()
+    reading = _Reading(gm.graph)
     try:
         for node, fake in zip(placeholders(gm.graph), fakes, strict=True):
-            values[node] = _values(fake)
-        operations = list(_operations(gm.graph, values, kinds))
-        return _assembled(gm.graph, values, operations, kinds, mode_of(fakes))
-    except _UnfitError:
+            reading.values[node] = _values(fake)
+        return _assembled(reading, list(reading.operations()), mode_of(fakes))
+    except UnfitError:
         return None
 
 
-def _operations(graph: fx.Graph, values: dict[fx.Node, Any], kinds: _Kinds) -> Iterator[_Operation]:
-    """The operations in order; ``values`` gets their results, and ``kinds`` their kinds."""
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output") or getattr(node.target, "__name__", "") in _IDLE:
-            continue
-        _refuse_effects(node)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        if node.target is operator.getitem and isinstance(args[0], tuple):
-            values[node] = args[0][args[1]]
-            continue
-        values[node] = _values(node.meta.get("example_value"))
-        read = list({id(value): value for value in _flat((args, kwargs))}.values())
-        yield _Operation(node, kinds.number(node, args, kwargs, read), read, values[node])
-
-
-def _refuse_effects(node: fx.Node) -> None:
-    """Raise _UnfitError on what does not act through its result alone."""
-    if node.op not in ("call_function", "call_method") or is_write(node) or node.target is getattr:
-        raise _UnfitError
-
-
-def _assembled(
-    old: fx.Graph,
-    values: Mapping[fx.Node, Any],
-    operations: Sequence[_Operation],
-    kinds: _Kinds,
-    mode: FakeTensorMode,
-) -> fx.GraphModule:
+def _assembled(reading: _Reading, operations: Sequence[_Operation], mode: FakeTensorMode) -> fx.GraphModule:
     """The new graph: traced kinds, copied to where their operations stand."""
-    kinds.graph.output(tuple(kinds.results))
-    inputs = [fake_like(node.meta["val"], mode) for node in placeholders(kinds.graph)]
-    traced = trace_functional(fx.GraphModule(torch.nn.Module(), kinds.graph), inputs) if inputs else None
-    if traced is None:
-        raise _UnfitError
-    bodies = _bodies(traced.graph, kinds)
-    graph = fx.Graph()
-    for node in placeholders(old):
+    traced, pure = reading.pure.traced(mode)
+    bodies: dict[bool, Sequence[Body]] = {False: pure}
+    if reading.memory is not None:
+        exported, bodies[True] = reading.writes.functionalized(mode)
+        for constant in exported.graph.find_nodes(op="get_attr"):
+            name = f"{constant.target}_of_writes"
+            traced.register_buffer(name, getattr(exported, constant.target))
+            constant.target = name
+    graph, values = fx.Graph(), reading.values
+    for node in placeholders(reading.graph):
         value = values[node]
         value.node = graph.placeholder(node.name)
         value.node.meta["val"] = value.fake
     for operation in operations:
-        _copy(operation, graph, bodies[operation.kind], mode)
-    outputs = fx.node.map_arg(old.output_node().args[0], lambda n: _mapped(values[n], lambda value: value.node))
-    graph.output(outputs)
+        _copy(operation, graph, bodies[operation.writes][operation.kind], mode)
+    results = reading.graph.output_node().args[0]
+    graph.output(fx.node.map_arg(results, lambda n: mapped(values[n], lambda value: value.node)))
     graph.lint()
     return fx.GraphModule(traced, graph)
 
 
-def _bodies(graph: fx.Graph, kinds: _Kinds) -> list[_Body]:
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    inputs = iter(placeholders(graph))
-    bodies = []
-    for result, read in zip(output_values(graph), kinds.inputs, strict=True):
-        nodes = list(_flat(result, fx.Node))
-        needed = sorted(ancestors(nodes), key=order.__getitem__)
-        own = [next(inputs) for _ in read]
-        bodies.append(_Body(own, [node for node in needed if node.op != "placeholder"], nodes))
-    return bodies
-
-
-def _copy(operation: _Operation, graph: fx.Graph, body: _Body, mode: FakeTensorMode) -> None:
+def _copy(operation: _Operation, graph: fx.Graph, body: Body, mode: FakeTensorMode) -> None:
     """Copy a kind's body to where ``operation`` stands, and give its results their nodes."""
     copied = {node: value.node for node, value in zip(body.inputs, operation.read, strict=True)}
     meta = traced_from(operation.node)
     for node in body.nodes:
         made = copied[node] = graph.node_copy(node, copied.__getitem__)
-        made.meta = {**meta, "val": _mapped(node.meta.get("val"), lambda fake: fake_like(fake, mode), Tensor)}
-    results = list(_flat(operation.result))
+        made.meta = {**meta, "val": mapped(node.meta.get("val"), lambda fake: fake_like(fake, mode), Tensor)}
+    results = list(flat(operation.result))
     if len(results) != len(body.result):
-        raise _UnfitError
+        raise UnfitError
     for value, node in zip(results, body.result, strict=True):
-        if _described(node.meta["val"]) != _described(value.fake):
-            raise _UnfitError
+        if described(node.meta["val"]) != described(value.fake):
+            raise UnfitError
         value.node = copied[node]
+
+
+def _once(arguments: Any) -> list[Value]:
+    """The values in ``arguments``, each once."""
+    return list({id(value): value for value in flat(arguments)}.values())
 
 
 def _values(found: Any) -> Any:
     """A result as values, structured alike."""
     if isinstance(found, FakeTensor):
-        _described(found)
-        return _Value(found)
+        described(found)
+        return Value(found)
     if isinstance(found, (tuple, list)):
         return tuple(None if item is None else _values(item) for item in found)
-    raise _UnfitError
-
-
-def _described(value: Tensor) -> tuple[Any, ...]:
-    plain = type(value) is FakeTensor and value.layout is torch.strided and not value.is_conj() and not value.is_neg()
-    if not plain or not all(type(size) is int for size in (*value.shape, *value.stride())):
-        raise _UnfitError
-    return tuple(value.shape), value.stride(), value.dtype, value.device
-
-
-def _spelled(value: Any, name: Callable[[_Value], int]) -> Any:
-    """What tells arguments apart."""
-    if isinstance(value, _Value):
-        return name(value)
-    if isinstance(value, (list, tuple)):
-        return tuple(_spelled(item, name) for item in value)
-    if isinstance(value, Mapping):
-        return tuple((key, _spelled(item, name)) for key, item in value.items())
-    if isinstance(value, slice):
-        return "slice", _spelled((value.start, value.stop, value.step), name)
-    if type(value) in _CONSTANTS or isinstance(value, _TORCH_CONSTANTS):
-        return type(value).__name__, repr(value)
-    raise _UnfitError
-
-
-def _mapped(value: Any, change: Callable[[Any], Any], kind: type = _Value) -> Any:
-    """``value`` with every part of ``kind`` changed."""
-    return fx.node.map_aggregate(value, lambda part: change(part) if isinstance(part, kind) else part)
-
-
-def _flat(value: Any, kind: type = _Value) -> Iterator[Any]:
-    """The parts of ``value`` that are of ``kind``, in order."""
-    if isinstance(value, kind):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _flat(item, kind)
-    elif isinstance(value, Mapping):
-        yield from _flat(list(value.values()), kind)
-    elif isinstance(value, slice):
-        yield from _flat((value.start, value.stop, value.step), kind)
+    raise UnfitError

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from difa_fx.budget import SiteCosts, choose, least_seconds, plan_seconds
 from difa_fx.errors import CalibrationError
 from difa_fx.plan import Method, Plan
-from difa_fx.plan_rules import window_follows
+from difa_fx.plan_words import window_follows
 
 M = Method
 EVERY = {M.FULL: 4.0, M.WINDOW: 2.0, M.CACHED: 0.0, M.FULL_CFG: 2.5, M.WINDOW_CFG: 1.5}

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import difa_fx
 from difa_fx import backend, registry
-from difa_fx.cuda_graphs import CudaRecorder, StepGraphs
+from difa_fx.cuda_graphs import StepGraphs
+from difa_fx.cuda_recorder import CudaRecorder
 from difa_fx.errors import ClockError, GraphError
 
 TIGHT = 1e-4

@@ -13,7 +13,8 @@ from torch import fx
 
 import difa_fx
 from difa_fx._torch import FakeTensorMode, fake_inputs
-from difa_fx.passes.batch_axis import LostBatchError, batch_axes
+from difa_fx.passes.batch_axis import batch_axes
+from difa_fx.passes.batch_step import LostBatchError
 from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, find_attention
 from difa_fx.passes.graph_tools import clean_path, placeholders

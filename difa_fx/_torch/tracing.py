@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def new_fake_mode() -> FakeTensorMode:
@@ -48,6 +49,11 @@ def fake_like(value: Tensor, mode: FakeTensorMode) -> Tensor:
 def mode_of(values: Sequence[Any]) -> FakeTensorMode:
     """The mode of the first fake among ``values``."""
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def memory_of(value: Tensor) -> StorageWeakRef:
+    """What tensors have in common that lie in the same memory.  Wraps ``StorageWeakRef``."""
+    return StorageWeakRef(value.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def trace_functional(gm: torch.fx.GraphModule, fakes: Sequence[Any]) -> torch.fx.GraphModule | None:

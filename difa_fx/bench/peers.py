@@ -25,7 +25,7 @@ from difa_fx.bench.subject import Subject
 from difa_fx.block_masks import block_mask
 from difa_fx.errors import BenchmarkError
 from difa_fx.plan import Method, Plan, Window
-from difa_fx.plan_rules import window_follows
+from difa_fx.plan_words import window_follows
 
 
 class Projections(Protocol):
