@@ -180,7 +180,11 @@ class ProgramBuilder:
     def run(self, calls: Iterable[Call], slots: list[Any], state: State) -> None:
         """Run ``calls`` in order; ``slots`` and ``state`` are changed."""
         for call in calls:
-            results = _results(call, slots, state)
+            values = [slots[i] for i in call.inputs]
+            for slot in call.dead:  # the piece has it alone now, and frees it once it is read
+                slots[slot] = None
+            results = _results(call, values, state)
+            del values
             for key, value in _state_of(call, results):
                 state[key] = value
             for waiting, key in call.moves:
@@ -192,8 +196,6 @@ class ProgramBuilder:
             del results
             for key in call.drops:
                 del state[key]
-            for slot in call.dead:
-                slots[slot] = None
 
     def collect(self, slots: Sequence[Any]) -> tuple[Any, ...]:
         """The graph's outputs, after its last segment ran."""
@@ -212,11 +214,10 @@ class ProgramBuilder:
         return partial(cfg_shared, axis=axis)
 
 
-def _results(call: Call, slots: Sequence[Any], state: State) -> Sequence[Any]:
-    """What a call's piece yields, or the state that stands for it."""
+def _results(call: Call, values: list[Any], state: State) -> Sequence[Any]:
+    """What a call's piece yields for its inputs, or the state that stands for it."""
     if call.run is None:
         return [state[key] for key in call.stored]
-    values = [slots[i] for i in call.inputs]
     if call.residual is not None:
         stored = state[call.residual]
         values.append(stored if call.fit_residual is None else call.fit_residual(stored))

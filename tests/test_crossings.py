@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from compiled import compiled, make_plan, run, runner
 from models import Case, Draw, dit, relative
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from difa_fx.program import Call, ProgramBuilder
 
 ROWS = ["full", "full+cfg", "cached", "window", "window+cfg", "cached"]
 
@@ -73,3 +78,21 @@ def test_what_only_a_cached_site_reads_is_not_computed() -> None:
     whole, lean = ([len(call.outputs) for call in program] for program in runner(model).programs)
     trunks = range(0, len(whole) - 1, 2)
     assert [lean[i] for i in trunks] == [whole[i] - 1 for i in trunks]
+
+
+def test_a_piece_has_what_is_read_last_for_itself() -> None:
+    slots: list[Any] = [torch.ones(2), torch.ones(2), None]
+    last, read_again = (weakref.ref(value) for value in slots[:2])
+    alive: list[tuple[bool, bool]] = []
+
+    def piece(values: list[Any]) -> list[Tensor]:
+        values.clear()
+        alive.append((last() is not None, read_again() is not None))
+        return [torch.zeros(1)]
+
+    found = dit(layers=2)
+    model = compiled(found, make_plan(found, ["full"]))
+    run(model, found.generation(1))
+    builder: ProgramBuilder = runner(model)._builder
+    builder.run([Call(piece, inputs=(0, 1), outputs=(2,), dead=(0,))], slots, {})
+    assert alive == [(False, True)]
