@@ -28,7 +28,7 @@ from torch import nn
 
 import difa_fx
 from difa_fx import registry
-from difa_fx.bench.hardware import hardware
+from difa_fx.bench.hardware import hardware, machine_line
 from difa_fx.plan import Plan
 from difa_fx.runtime import Runner
 
@@ -256,7 +256,7 @@ def _pair(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 def _markdown(result: Mapping[str, Any]) -> str:
     hardware = result["hardware"]
     lines = [
-        f"{hardware['cpu']}, {hardware['threads']} threads, torch {hardware['torch']}",
+        f"{machine_line(hardware)}, torch {hardware['torch']}",
         "",
         "| measured | difa s | Inductor s | ratio (least - largest) | target |",
         "|---|---|---|---|---|",

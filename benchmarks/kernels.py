@@ -27,7 +27,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from difa_fx.attention import WINDOW_KERNELS
-from difa_fx.bench.hardware import hardware
+from difa_fx.bench.hardware import hardware, machine_line
 from difa_fx.bench.sampling import relative_l1
 from difa_fx.bench.timing import Contender, interleaved, ratios
 from difa_fx.cost import window_pairs
@@ -169,7 +169,7 @@ def _write(record: dict[str, Any], options: argparse.Namespace) -> None:
 
 def _table(record: dict[str, Any], options: argparse.Namespace) -> str:
     machine, ceilings = record["hardware"], record["ceilings"]
-    device = machine["gpu"] if options.device.startswith("cuda") else f"{machine['cpu']}, {machine['threads']} threads"
+    device = machine["gpu"] if options.device.startswith("cuda") else machine_line(machine)
     title = f"{device}, torch {machine['torch']}, {options.dtype}, batch {options.batch}, {options.heads} heads."
     told = "Time over that of full attention: median (least - largest) of rounds in which all took turns."
     most = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from difa_fx.bench import command
 from difa_fx.bench.efficiency import efficiencies, kept_share, savable
-from difa_fx.bench.hardware import hardware, versions
+from difa_fx.bench.hardware import hardware, machine_line, versions
 from difa_fx.bench.plans import fitted_plan, method_plan, methods_of, window_of
 from difa_fx.bench.plots import draw
 from difa_fx.bench.records import RESIDENT_AFTER, Bench, Case, Compiled, Race, Row, bench_from_dict
@@ -292,3 +293,13 @@ def test_the_command_line_names_what_is_wrong(argv, named, tmp_path):
         command.run(
             parsed("dit-xl-2-512", "-o", str(tmp_path / "missing" / "x" if not argv else tmp_path / "x"), *argv)
         )
+
+
+def test_what_tunes_the_allocator_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [
+        name for name in os.environ if name.startswith(("MALLOC_", "LD_PRELOAD", "GLIBC_", "TORCHINDUCTOR_MAX"))
+    ]:
+        monkeypatch.delenv(name)
+    assert "environment" not in hardware()
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    assert machine_line(hardware()).endswith(f"{torch.get_num_threads()} threads, MALLOC_MMAP_MAX_=0")

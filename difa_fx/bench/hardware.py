@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+_TUNING: Final = ("TORCHINDUCTOR_MAX_AUTOTUNE", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF")
+"""How variables begin that tune all that Inductor compiles, or how memory is allocated."""
+
 
 def hardware() -> dict[str, Any]:
-    """CPU, cores and threads, torch and Python; on CUDA the device, too; and what tunes all that Inductor compiles."""
+    """CPU, cores and threads, torch and Python; on CUDA the device, too; and what the environment tunes."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -25,13 +29,19 @@ def hardware() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    tuned = {name: value for name, value in os.environ.items() if name.startswith("TORCHINDUCTOR_MAX_AUTOTUNE")}
+    tuned = {name: value for name, value in os.environ.items() if name.startswith(_TUNING)}
     if tuned:
         found["environment"] = tuned
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(torch.cuda.current_device())
         found |= {"gpu": device.name, "gpu_bytes": device.total_memory, "cuda": torch.version.cuda}
     return found
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """A :func:`hardware` record in a line, for people: the processor, its threads, and the environment."""
+    found = f"{machine['cpu']}, {machine['threads']} threads"
+    return ", ".join([found, *(f"{name}={value}" for name, value in sorted(machine.get("environment", {}).items()))])
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
+from difa_fx.bench.hardware import machine_line
 from difa_fx.bench.records import ALLOCATED, RESERVED, Bench, Case, Compiled, Race, Row
 from difa_fx.bench.timing import Spread
 
@@ -34,7 +35,7 @@ def markdown(bench: Bench) -> str:
     hardware, versions = bench.hardware, bench.versions
     device = f"{hardware['gpu']}, " if "gpu" in hardware else ""
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "not installed")
-    lines = ["# difa bench", "", f"{device}{hardware['cpu']}, {hardware['threads']} threads; {packages}.", "", NOTES]
+    lines = ["# difa bench", "", f"{device}{machine_line(hardware)}; {packages}.", "", NOTES]
     for case in bench.cases:
         lines += _case(case)
     return "\n".join(lines).rstrip() + "\n"
