@@ -11,6 +11,9 @@ from compiled import compiled, make_plan, run
 from models import Case, dit, relative, tensor_of
 from oracle import Oracle
 
+from difa_fx.cuda_launch import launcher
+from difa_fx.window_ops import near_refresh, near_window
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
@@ -66,3 +69,25 @@ def test_state_survives_cuda_graphs() -> None:
         outputs = run(model, calls)
     for step, (ours, theirs) in enumerate(zip(outputs, expected, strict=True)):
         assert relative(ours, theirs) < 1e-4, f"step {step}"
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_a_later_launch_computes_what_the_first_does(refresh: bool) -> None:
+    attend, wide = near_refresh if refresh else near_window, torch.randn(3, 2, 300, 2, 88, device="cuda")
+    for first in (0, 8, 1):  # rows of 72 columns at multiples of 16 bytes, again, and not
+        q, k, v = wide.bfloat16()[..., first : first + 72].transpose(2, 3)
+        how = (16, [2, 0], None)
+        residual = torch.randn(2, 300, 2, 72, device="cuda", dtype=torch.bfloat16)
+        inputs = (q, k, v) if refresh else (q, k, v, residual)
+        launcher.cache_clear()
+        once = attend(*inputs, *how)
+        for _ in range(2):
+            for ours, theirs in zip(_tuple(attend(*inputs, *how)), _tuple(once), strict=True):
+                assert torch.equal(ours, theirs)
+        moved = [t.clone() for t in inputs]
+        for ours, theirs in zip(_tuple(attend(*moved, *how)), _tuple(once), strict=True):
+            assert relative(ours.float(), theirs.float()) < 1e-2
+
+
+def _tuple(values: Any) -> tuple[torch.Tensor, ...]:
+    return values if isinstance(values, tuple) else (values,)
