@@ -31,3 +31,13 @@ def test_the_window_benchmark_runs(tmp_path: Path) -> None:
     assert abs(box["pairs"] / band["pairs"] - 1) < 0.02
     assert 0 < box["relative_l1"] < 1
     assert "| 6x6 of 32x32 | 2 |" in (tmp_path / "windows.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_allocator_benchmark_runs(tmp_path: Path) -> None:
+    module = command("allocator")
+    rows = module.main(["--tiny", "--tokens", "64", "--rounds", "1", "--processes", "1", "-o", str(tmp_path / "found")])
+    assert [row["allocator"] for row in rows] == ["as it is", "keeps memory"]
+    assert rows[0]["to as it is"] == {"inductor": 1.0, "difa": 1.0} and rows[1]["ratio"] > 0
+    assert json.loads((tmp_path / "found.json").read_text())["kept"]["MALLOC_MMAP_MAX_"] == "0"
+    assert "| 64 | keeps memory |" in (tmp_path / "found.md").read_text()
