@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,13 +152,8 @@ def _seconds(
 
 def _host_seconds(step: Callable[[], Any]) -> float:
     """Median seconds that the host takes to launch a run of ``step``."""
-    found = []
-    for _ in range(50):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        step()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+    launch = Contender("launch", step, prepare=torch.cuda.synchronize)
+    return statistics.median(interleaved([launch], rounds=50, warmup=0, cuda=False)["launch"])
 
 
 def _write(record: dict[str, Any], options: argparse.Namespace) -> None:

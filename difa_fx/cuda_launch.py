@@ -111,7 +111,7 @@ def blocks(width: int) -> tuple[Blocks, ...]:
 
 
 def mappable(form: Form, which: int) -> bool:
-    """Whether the memory unit of sm_90 can load tiles of operand ``which``: rows at multiples of 16 bytes."""
+    """Whether sm_90's memory unit can load tiles of operand ``which``: rows at multiples of 16 bytes, none twice."""
     if form.device.type == "cuda" and torch.cuda.get_device_capability(form.device) < (9, 0):
         return False
     steps = [step for step, length in zip(form.strides[which][:3], form.shape[:3], strict=True) if length > 1]

@@ -57,7 +57,7 @@ class Call:
 
     Attributes:
         run: the compiled piece; None when the segment's output is taken from the state, or read by nothing.
-        inputs: slots it reads.
+        inputs: slots it reads; none when nothing runs.
         outputs: slots it fills.
         dead: slots that nothing reads after it.
         widen: for each output that is a half and cannot stay one, the axis of the batch, else None; may be empty.
@@ -137,10 +137,9 @@ class ProgramBuilder:
             halves: whether trunks take halves that stand for both, as :meth:`program` has them.
         """
         segment, place = self.partition.segments[index], self._layout[index]
-        slots = (place.inputs, place.outputs, place.dead)
         if segment.site is None or entry is None:
             if variant is None:
-                return Call(None, place.inputs, (), place.dead)
+                return Call(None, (), (), place.dead)
             read = tuple(slot for i, slot in enumerate(place.outputs) if i not in variant.unread)
             return Call(self.compiler.piece(segment, variant), place.inputs, read, place.dead)
         site, action = segment.site, entry.action
@@ -154,7 +153,9 @@ class ProgramBuilder:
         written = {residual: entry.keeps_residual, handed_residual: entry.hands_residual}
         return Call(
             self.compiler.piece(segment, Variant(action)) if entry.runs else None,
-            *slots,
+            place.inputs if entry.runs else (),
+            place.outputs,
+            place.dead,
             widen=self._widened(index, halves) if entry.output_half else (),
             residual=residual if entry.runs and action.method.windowed else None,
             fit_residual=self._fit(site, entry),

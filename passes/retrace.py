@@ -78,12 +78,12 @@ class _Reading:
         """A write, whose target's name stands for its result from here on."""
         if self.memory is None:
             self.memory = Memory(self.graph)
-        target = node.args[0]
-        if not isinstance(target, fx.Node) or not self.memory.is_private(node):
+        target, before = node.args[0], args[0]
+        if not isinstance(target, fx.Node) or not isinstance(before, Value) or not self.memory.is_private(node):
             raise UnfitError
         read = _once((args, kwargs))
         kind = self.writes.number("call_function", overwritten(node.target), (args, kwargs), read)
-        result = self.values[node] = self.values[target] = Value(self.values[target].fake)
+        result = self.values[node] = self.values[target] = Value(before.fake)
         return _Operation(node, True, kind, read, result)
 
 
@@ -107,7 +107,7 @@ def _assembled(reading: _Reading, operations: Sequence[_Operation], mode: FakeTe
     """The new graph: traced kinds, copied to where their operations stand."""
     traced, pure = reading.pure.traced(mode)
     bodies: dict[bool, Sequence[Body]] = {False: pure}
-    if reading.memory is not None:
+    if reading.writes.results:
         exported, bodies[True] = reading.writes.functionalized(mode)
         for constant in exported.graph.find_nodes(op="get_attr"):
             name = f"{constant.target}_of_writes"

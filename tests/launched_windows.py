@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +25,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from difa_fx import cuda_launch
+from difa_fx.bench.timing import Contender, interleaved
 from difa_fx.cuda_launch import Launcher, Operands
 
 CASES: dict[str, dict[str, Any]] = {
@@ -152,13 +152,17 @@ def microseconds() -> dict[str, float]:
     form = tensors.form(**settings)._replace(device=torch.device("cuda", 0))
     ready = Launcher(form)
     ready(tensors)
-    found: dict[str, list[float]] = {"by Triton": [], "later": []}
-    for name, launch in (("by Triton", lambda: Launcher(form)(tensors)), ("later", lambda: ready(tensors))) * 500:
-        started = time.perf_counter()
-        tensors.form(**settings)
-        launch()
-        found[name].append(1e6 * (time.perf_counter() - started))
-    return {name: round(statistics.median(values), 1) for name, values in found.items()}
+
+    def told(launcher: Callable[[], Launcher]) -> Callable[[], None]:
+        def launch() -> None:
+            tensors.form(**settings)
+            launcher()(tensors)
+
+        return launch
+
+    contenders = [Contender("by Triton", told(lambda: Launcher(form))), Contender("later", told(lambda: ready))]
+    seconds = interleaved(contenders, rounds=500, warmup=1, cuda=False)
+    return {name: round(1e6 * statistics.median(found), 1) for name, found in seconds.items()}
 
 
 if __name__ == "__main__":
