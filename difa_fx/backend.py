@@ -10,9 +10,11 @@ A graph with symbolic shapes is specialised to each set of sizes it meets; each 
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,22 +23,25 @@ from torch import Tensor, fx, nn
 from difa_fx import attention as kernels
 from difa_fx._torch import (
     CUDA_GRAPHS,
+    WeakIdKeyDictionary,
     apart_from_dynamo,
     breaks_graph,
     compile_inductor,
     cpu_codegen,
     input_sources,
+    is_static_input,
     is_wrapped,
     trace_aten,
     uses_cuda_graphs,
 )
 from difa_fx.compile import PieceCompiler
 from difa_fx.cuda_graphs import graphs_for
-from difa_fx.errors import DifaError, GradError, GraphError, PlanError
+from difa_fx.errors import DifaError, GradError, GraphError, PlanError, SiteError
 from difa_fx.options import Options, parse_options
-from difa_fx.passes.canonicalize import canonicalize
+from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, AttentionSite, find_attention
 from difa_fx.passes.graph_tools import takes_tensors
+from difa_fx.passes.inputs import source_name
 from difa_fx.passes.partition import partition
 from difa_fx.passes.rewrite import RewriteSettings, check_possible
 from difa_fx.passes.window_attention import fitted
@@ -74,24 +79,37 @@ def difa(
             cpu_codegen()
         if not takes_tensors(example_inputs):
             return _without_plan(gm, example_inputs, parsed)
-        compilation = compilation_for(options, parsed)
-        compilation.broken |= breaks_graph(gm)
-        graph = CompiledGraph(gm, example_inputs, compilation)
-        if all(isinstance(value, Tensor) for value in example_inputs):
-            graph.runner_for(example_inputs)
-        return graph
+        return CompiledGraph(gm, example_inputs, options, parsed, mode)
     except DifaError as error:
         return _raiser(error)
 
 
 class CompiledGraph:
-    """One Dynamo graph under a plan: a runner for each set of input sizes."""
+    """One Dynamo graph under a plan: a runner for each set of input sizes.
 
-    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], compilation: Compilation) -> None:
-        self._gm, self._compilation = gm, compilation
+    Dynamo runs it for other denoisers of the class, too, where their options compare equal.  What options say is read
+    when a denoiser is seen for the first time, for a dict may have been edited meanwhile.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        options: Mapping[str, Any] | None,
+        parsed: Options,
+        mode: str | None,
+    ) -> None:
+        self._gm, self._options, self._mode = gm, options, mode
         self._sources = input_sources(gm)
         self._dynamic = not all(isinstance(value, Tensor) for value in example_inputs)
+        self._owner = next((i for i, value in enumerate(example_inputs) if is_static_input(value)), None)
+        self._said, self._parsed = dict(options or {}), parsed
+        self._breaks = breaks_graph(gm)
+        self._compilations = WeakIdKeyDictionary()
+        self._first = compilation_for(parsed)
+        self._first.broken |= self._breaks
         self._runners: dict[Any, Runner] = {}
+        self._lock = threading.RLock()
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph; compiles first when its input sizes are new."""
@@ -102,31 +120,70 @@ class CompiledGraph:
         return outputs[len(runner.written) :]
 
     def runner_for(self, args: Sequence[Any]) -> Runner:
-        """The runner for the sizes of ``args``."""
-        key = _sizes(args) if self._dynamic else None
+        """The runner for the sizes of ``args``, and for what the options of their denoiser said."""
+        compilation = self._compilation(None if self._owner is None else args[self._owner])
+        key = (id(compilation), _sizes(args) if self._dynamic else None)
         runner = self._runners.get(key)
         if runner is None:
-            with apart_from_dynamo():
-                runner = make_runner(self._gm, args, self._sources, self._compilation)
-            self._runners[key] = runner
-            self._compilation.runners.append(runner)
+            with self._lock, apart_from_dynamo():
+                if key not in self._runners:
+                    self._runners[key] = make_runner(self._gm, args, self._sources, compilation)
+                runner = self._runners[key]
         return runner
+
+    def _compilation(self, owner: object) -> Compilation:
+        """What a denoiser was compiled under: the options as they were when it was seen first."""
+        if owner is None:
+            return self._first
+        found = self._compilations.get(owner)
+        if found is None:
+            parsed = (
+                self._parsed if dict(self._options or {}) == self._said else parse_options(self._options, self._mode)
+            )
+            found = compilation_for(parsed)
+            found.broken |= self._breaks
+            self._compilations[owner] = found
+        assert isinstance(found, Compilation)
+        return found
 
 
 def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str], compilation: Compilation) -> Runner:
-    """All stages of the design, for one graph at one set of shapes."""
-    options = compilation.options
-    assert options.plan is not None
+    """All stages of the design, for one graph at one set of shapes.
+
+    Under guidance a generation may end with the conditional half of the batch alone.  So there may be a second runner,
+    made when that happens; where the batch has no halves, it is the only one.
+    """
+    assert compilation.options.plan is not None
     canonical = canonicalize(gm, inputs, sources=sources)
     found = find_attention(canonical)
     if compilation.broken:
-        found = _named_as_in(options.plan, found)
+        found = _named_as_in(compilation.options.plan, found)
+    make = partial(_runner, canonical, found, inputs, compilation)
+
+    def unguided(**more: Any) -> Runner:
+        with apart_from_dynamo():
+            return make(compilation.options.plan.without_cfg(), **more)  # type: ignore[union-attr]
+
+    if not compilation.guided or not compilation.options.plan.uses_cfg:
+        return make(compilation.options.plan)
+    try:
+        return make(compilation.options.plan, unguided=unguided)
+    except SiteError as error:
+        return unguided(only_going_on=error)
+
+
+def _runner(
+    canonical: CanonicalGraph,
+    found: Attention,
+    inputs: Sequence[Any],
+    compilation: Compilation,
+    plan: Plan,
+    **more: Any,
+) -> Runner:
+    """The runner of a graph under ``plan``."""
+    options = compilation.options
     static = [i for i, fixed in enumerate(canonical.static) if fixed]
     owner_position = next((i for i in static if isinstance(inputs[i], nn.Parameter)), next(iter(static), None))
-    owner = None if owner_position is None else inputs[owner_position]
-    plan = options.plan
-    if compilation.is_conditional_half(owner, found.inputs.batch):
-        plan = plan.without_cfg()
     sites = tuple(fitted(site, plan.window, calls_per_step=plan.calls_per_step) for site in found.sites)
     attention = replace(found, sites=sites)
     plan = _fitted(plan, attention, compilation)
@@ -134,20 +191,28 @@ def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str
         for site in attention.sites:
             kernels.prepare(site.call.q.meta["val"], site.shape.tokens)
     settings = RewriteSettings(window=plan.window, second=plan.cfg == "uncond_first", kernel=options.window_kernel)
-    return Runner(
+    paths = [site.path for site in attention.sites]
+    fixed = set(static)
+    names = ["" if i in fixed else source_name(source) for i, source in enumerate(canonical.sources)]
+    runner = Runner(
         graph=canonical.gm.graph,
         attention=attention,
         partition=partition(canonical, attention),
-        schedule=make_schedule(plan, [site.path for site in attention.sites]),
+        schedule=make_schedule(plan, paths),
+        later=lambda first: make_schedule(plan.from_step(first), paths),
         # A call is one graph, and not a graph a piece.
         compiler=PieceCompiler(options.compiler, {**options.inductor, CUDA_GRAPHS: False}, settings),
         owner_position=owner_position,
-        clock_of=compilation.clock_of,
+        clocks=compilation,
         strict=options.strict,
+        names=names,
         written=canonical.written,
         company=compilation,
         graphs=graphs_for(inputs, static) if uses_cuda_graphs(options.inductor) else None,
+        **more,
     )
+    compilation.runners.append(runner)
+    return runner
 
 
 def _fitted(plan: Plan, attention: Attention, compilation: Compilation) -> Plan:

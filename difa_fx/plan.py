@@ -245,6 +245,12 @@ class Plan:
         source = derived(self.provenance, self.steps, steps)
         return self.replace(steps=steps, methods=rows, timesteps=timesteps, provenance=source)
 
+    def from_step(self, first: int) -> Plan:
+        """The plan of a generation that begins at step ``first``, as image to image does: full there, then as it is."""
+        rows = [[Method.FULL] * len(self.sites), *self.methods[first + 1 :]]
+        times = None if self.timesteps is None else self.timesteps[first:]
+        return self.replace(steps=self.steps - first, methods=rows, timesteps=times)
+
     def at(self, step: int) -> dict[str, Method]:
         """The method of each site at ``step`` (from 0).
 

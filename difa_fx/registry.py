@@ -1,21 +1,25 @@
-"""Which compilations and clocks belong to which denoiser.
+"""Which compilations and generations belong to which denoiser.
 
 Dynamo does not tell a backend what module it compiles, and may run one compiled graph for two modules of one
 class.  What does identify a denoiser is its parameters, which Dynamo passes as inputs: the first of them is the
-*owner* of a clock and of a session's state.
+*owner* of its generations.  A compilation is what options say, wherever they stand: graphs that Dynamo shares between
+denoisers compiled with equal options belong to one.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from difa_fx._torch import WeakIdKeyDictionary
+from difa_fx.callers import Caller, caller
 from difa_fx.clock import Clock
+from difa_fx.generations import Generations, Told
 from difa_fx.options import Options
 from difa_fx.plan import Plan
 from difa_fx.runtime import Runner, owners
@@ -24,47 +28,66 @@ from difa_fx.sessions import RunnerStats
 
 @dataclass(eq=False)
 class Compilation:
-    """One ``torch.compile`` call: its options, and all graphs, shapes and denoisers compiled under it.
+    """All graphs, shapes and denoisers compiled with options that say the same.
 
     Attributes:
         options: what the user gave.
-        key: the object that identifies the call.
         runners: one a graph and set of shapes.
-        broken: whether Dynamo broke the denoiser into several graphs; they share one clock then.
-        clocks: one a denoiser, by the parameter that owns it.
-        ownerless: the clock of denoisers without parameters, or of all graphs of a broken one.
+        broken: whether Dynamo broke the denoiser into several graphs; they share a clock then.
         found: the sites of all graphs so far.
     """
 
     options: Options
-    key: Mapping[str, Any] | None
     runners: list[Runner] = field(default_factory=list)
     broken: bool = False
     found: dict[str, None] = field(default_factory=dict)
-    clocks: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    ownerless: Clock | None = None
+    _denoisers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    _ownerless: Generations | None = None
+    _followed: weakref.WeakKeyDictionary[Caller, Clock] = field(default_factory=weakref.WeakKeyDictionary)
 
-    def clock_of(self, owner: object) -> Clock:
-        """The clock of the denoiser that owns the parameter ``owner``, made at its first call."""
+    def tick(self, owner: object, told: Told) -> Clock:
+        """The clock of the generation that a call of the denoiser with ``owner`` belongs to, moved on to it."""
+        return self.generations_of(owner).tick(told)
+
+    def latest(self, owner: object) -> Clock | None:
+        """The clock that the caller's last call moved."""
+        return self.generations_of(owner).latest()
+
+    def abandon(self, owner: object) -> None:
+        """A call of the caller was refused."""
+        self.generations_of(owner).abandon()
+
+    def followed(self) -> Clock | None:
+        """In a broken denoiser, the clock that the caller's last graph with a timestep moved."""
+        return self._followed.get(caller())
+
+    def follow(self, clock: Clock) -> None:
+        """The graphs that this caller runs next belong to ``clock``'s call."""
+        self._followed[caller()] = clock
+
+    def generations_of(self, owner: object) -> Generations:
+        """The generations of the denoiser that owns the parameter ``owner``."""
+        with _lock:
+            if owner is None:
+                self._ownerless = self._ownerless or self._fresh(None)
+                return self._ownerless
+            if owner not in self._denoisers:
+                self._denoisers[owner] = self._fresh(owner)
+                _announce_again(owner, self._denoisers[owner])
+            found = self._denoisers[owner]
+            assert isinstance(found, Generations)
+            return found
+
+    def _fresh(self, owner: object) -> Generations:
         plan = self.options.plan
         assert plan is not None
-        fresh = Clock(plan.steps, plan.timesteps, calls=plan.calls_per_step)
-        if owner is None or self.broken:
-            self.ownerless = self.ownerless or fresh
-            if owner is not None and owner not in self.clocks:
-                self._join(owner, self.ownerless)
-            return self.ownerless
-        if owner not in self.clocks:
-            self._join(owner, fresh)
-        found = self.clocks[owner]
-        assert isinstance(found, Clock)
-        return found
+        known = None if owner is None else weakref.ref(owner)
+        late = (lambda: _announce_late(known())) if known is not None else lambda: False
+        return Generations(plan, self._drop, late)
 
-    def _join(self, owner: object, clock: Clock) -> None:
-        self.clocks[owner] = clock
-        announced = _announced(owner)
-        if announced is not None and clock.position < 0:
-            clock.begin(*announced)
+    def _drop(self, clock: Clock) -> None:
+        for runner in self.runners:
+            runner.drop(clock)
 
     @property
     def guided(self) -> bool:
@@ -79,95 +102,141 @@ class Compilation:
             PlanError: the plan names a site that none of them has.
         """
         plan = self.options.plan
-        if plan is not None and self.ownerless is not None and self.ownerless.position >= 0:
+        if plan is not None:
             plan.check_sites(list(self.found))
 
-    def is_conditional_half(self, owner: object, batch: int | None) -> bool:
-        """Whether a generation of ``owner`` runs at twice ``batch``: guidance ends in the middle of it."""
-        if not self.guided or batch is None or owner not in self.clocks:
-            return False
-        clock = self.clocks[owner]
-        sessions = [r.session_of(owner) for r in self.runners if r.attention.inputs.batch == 2 * batch]
-        return any(session is not None and session.ran(clock.position) for session in sessions)
+    @property
+    def denoisers(self) -> WeakIdKeyDictionary:
+        """The generations of each denoiser, by the parameter that owns it."""
+        return self._denoisers
 
-    def clocks_for(self, owned: Collection[int]) -> Iterator[Clock]:
-        """The clocks, in this compilation, of the denoiser with these owners (their ids)."""
-        return (clock for owner, clock in self.clocks.items() if id(owner) in owned)  # type: ignore[no-untyped-call]
+    def of(self, owned: Collection[int]) -> Iterator[Generations]:
+        """Those of the denoiser with these owners (their ids)."""
+        found = {id(value): value for key, value in list(self._denoisers.items()) if id(key) in owned}
+        return iter(found.values())
 
 
-_compilations: weakref.WeakValueDictionary[int, Compilation] = weakref.WeakValueDictionary()
-_begun: weakref.WeakKeyDictionary[nn.Module, tuple[Sequence[float] | None, float]] = weakref.WeakKeyDictionary()
-"""Denoisers whose next generation was announced, and the scheduler's timesteps and span."""
+_lock = threading.RLock()
+_compilations: list[weakref.ref[Compilation]] = []
+_announced: weakref.WeakKeyDictionary[nn.Module, list[_Announcement]] = weakref.WeakKeyDictionary()
+"""What was announced for a denoiser before its first call."""
+_listeners: weakref.WeakKeyDictionary[nn.Module, Callable[[], bool]] = weakref.WeakKeyDictionary()
+"""For denoisers of attached pipelines: announces what their schedulers say that was not heard."""
 
 
-def compilation_for(key: Mapping[str, Any] | None, options: Options) -> Compilation:
-    """The compilation whose ``options=`` argument is the object ``key``; one a ``torch.compile`` call."""
-    found = _compilations.get(id(key)) if key is not None else None
-    if found is None or found.key is not key:
-        found = Compilation(options, key)
-        _compilations[id(key) if key is not None else id(found)] = found
-    return found
+@dataclass(frozen=True, slots=True)
+class _Announcement:
+    """A generation that one caller is about to begin; ``scheduler`` is None for a reset."""
+
+    who: weakref.ref[Caller]
+    timesteps: tuple[float, ...] = ()
+    span: float = 0.0
+    scheduler: weakref.ref[Any] | None = None
 
 
-def begin(model: nn.Module, timesteps: Sequence[float] | None = None, span: float = 0.0) -> None:
-    """Tell every clock of ``model``, made already or later, that a generation is about to start.
+def compilation_for(options: Options) -> Compilation:
+    """The compilation of all that was compiled with options that say the same."""
+    with _lock:
+        alive = [(ref, found) for ref in _compilations if (found := ref()) is not None]
+        _compilations[:] = [ref for ref, _ in alive]
+        for _, found in alive:
+            if found.options == options:
+                return found
+        made = Compilation(options)
+        _compilations.append(weakref.ref(made))
+        return made
+
+
+def begin(model: nn.Module) -> None:
+    """The caller's next call of ``model`` begins a generation, under whatever plan it is."""
+    with _lock:
+        told = [a for a in _announced.get(model, ()) if a.who() not in (None, caller()) or a.scheduler is not None]
+        _announced[model] = [*told, _Announcement(weakref.ref(caller()))]
+        for generations in _generations(model):
+            generations.begin()
+
+
+def announce(model: nn.Module, timesteps: Sequence[float], span: float, scheduler: Any) -> None:
+    """A scheduler was set for a generation of ``model`` that the caller is about to begin.
 
     Args:
         model: the denoiser.
-        timesteps: its scheduler's.
+        timesteps: the scheduler's.
         span: the steps of the scheduler's training.
+        scheduler: it.
     """
-    if timesteps is not None or model not in _begun:
-        _begun[model] = (timesteps, span)
-    owned = _owned(model)
-    for compilation in list(_compilations.values()):
-        for clock in list(compilation.clocks_for(owned)):
-            clock.begin(timesteps, span)
-        if compilation.ownerless is not None and next(owners(model), None) is None:
-            compilation.ownerless.begin(timesteps, span)
-    for runner in _runners(owned):
-        runner.drop_state(owned)
+    with _lock:
+        mine = _Announcement(weakref.ref(caller()), tuple(timesteps), span, weakref.ref(scheduler))
+        kept = [
+            a for a in _announced.get(model, ()) if a.who() is not None and _scheduler_of(a) not in (None, scheduler)
+        ]
+        _announced[model] = [*kept, mine]
+        for generations in _generations(model):
+            generations.announce(timesteps, span, scheduler)
+
+
+def listen(model: nn.Module, late: Callable[[], bool]) -> None:
+    """``model`` belongs to attached pipelines; ``late`` announces what their schedulers say that was not heard."""
+    with _lock:
+        _listeners[model] = late
+        for generations in _generations(model):
+            generations.attached = True
 
 
 def release(model: nn.Module) -> None:
-    """Forget the scheduler of ``model``; its clocks go by the plan again."""
-    first = next(owners(model), None)
-    for other in list(_begun):
-        if other is model or (first is not None and next(owners(other), None) is first):
-            del _begun[other]
-    owned = _owned(model)
-    for compilation in list(_compilations.values()):
-        plan = compilation.options.plan
-        for clock in list(compilation.clocks_for(owned)):
-            clock.release(plan.timesteps if plan else None)
+    """Forget the schedulers of ``model``; the plan's timesteps count again."""
+    with _lock:
+        _listeners.pop(model, None)
+        _announced.pop(model, None)
+        for generations in _generations(model):
+            generations.release()
 
 
 def runners(model: nn.Module) -> list[Runner]:
     """The runners that served ``model``."""
-    return _runners(_owned(model))
+    owned = _owned(model)
+    found = []
+    for compilation in _alive():
+        mine = any(True for _ in compilation.of(owned)) or not compilation.denoisers
+        found += [runner for runner in compilation.runners if runner.serves(owned, ownerless=mine)]
+    return found
 
 
 def plans(model: nn.Module) -> list[Plan]:
     """The plans that ``model`` was called under so far."""
     owned = _owned(model)
-    found = [c.options.plan for c in list(_compilations.values()) if any(c.clocks_for(owned))]
+    found = [c.options.plan for c in _alive() if any(True for _ in c.of(owned))]
     return [plan for plan in found if plan is not None]
 
 
-def _runners(owned: Collection[int]) -> list[Runner]:
-    found = []
-    for compilation in list(_compilations.values()):
-        mine = any(True for _ in compilation.clocks_for(owned)) or not compilation.clocks
-        found += [runner for runner in compilation.runners if runner.serves(owned, ownerless=mine)]
+def stats(model: nn.Module) -> tuple[RunnerStats, ...]:
+    """What was compiled and done for ``model``: one record a graph and set of shapes."""
+    return tuple(runner.stats for runner in runners(model))
+
+
+def calls(model: nn.Module) -> int:
+    """How many calls of graphs with sites ran for ``model``, under any plan."""
+    return sum(runner.calls for runner in runners(model) if runner.attention.sites)
+
+
+def _alive() -> list[Compilation]:
+    return [found for ref in list(_compilations) if (found := ref()) is not None]
+
+
+def _generations(model: nn.Module) -> list[Generations]:
+    owned = _owned(model)
+    found = [generations for compilation in _alive() for generations in compilation.of(owned)]
+    if next(owners(model), None) is None:
+        found += [c._ownerless for c in _alive() if c._ownerless is not None]
     return found
 
 
 def _owned(model: nn.Module) -> set[int]:
-    """The ids of those tensors of ``model`` that own a clock; the walk ends where all owners there are were met.
+    """The ids of those tensors of ``model`` that own generations; the walk ends where all owners there are were met.
 
     A denoiser has thousands of tensors, and the first of them is the owner as a rule.
     """
-    wanted = {id(owner) for compilation in list(_compilations.values()) for owner in compilation.clocks}
+    wanted = {id(owner) for compilation in _alive() for owner in list(compilation.denoisers)}
     found: set[int] = set()
     for tensor in owners(model):
         if found == wanted:
@@ -177,12 +246,27 @@ def _owned(model: nn.Module) -> set[int]:
     return found
 
 
-def _announced(owner: object) -> tuple[Sequence[float] | None, float] | None:
-    """What was announced for the denoiser that ``owner`` belongs to; by its scheduler, if that did."""
-    found = [told for model, told in list(_begun.items()) if any(tensor is owner for tensor in owners(model))]
-    return max(found, key=lambda told: told[0] is not None, default=None)
+def _models_of(owner: object, among: Mapping[nn.Module, Any]) -> list[nn.Module]:
+    return [model for model in list(among) if any(tensor is owner for tensor in owners(model))]
 
 
-def stats(model: nn.Module) -> tuple[RunnerStats, ...]:
-    """What was compiled and done for ``model``: one record a graph and set of shapes."""
-    return tuple(runner.stats for runner in runners(model))
+def _announce_again(owner: object, generations: Generations) -> None:
+    """Tell a denoiser at its first call what was announced for it before."""
+    generations.attached = bool(_models_of(owner, _listeners))
+    for model in _models_of(owner, _announced):
+        for told in _announced[model]:
+            if told.who() is not caller():
+                continue
+            scheduler = _scheduler_of(told)
+            if scheduler is not None:
+                generations.announce(told.timesteps, told.span, scheduler)
+            elif told.scheduler is None and not generations.attached:
+                generations.begin()
+
+
+def _scheduler_of(told: _Announcement) -> Any:
+    return None if told.scheduler is None else told.scheduler()
+
+
+def _announce_late(owner: object) -> bool:
+    return any([_listeners[model]() for model in _models_of(owner, _listeners)])

@@ -7,30 +7,70 @@ from the one before if it fits, or if the batch went from two halves of guidance
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
+from difa_fx._torch import WeakIdKeyDictionary
 from difa_fx.attention import cfg_half
 from difa_fx.clock import Clock
 from difa_fx.compile import PieceCompiler
 from difa_fx.cost import SiteShape
 from difa_fx.cuda_graphs import GraphMaker, Launched
 from difa_fx.errors import CFGError, ClockError, DifaError
+from difa_fx.generations import Told
 from difa_fx.passes.find_attention import Attention
 from difa_fx.passes.graph_tools import placeholders
+from difa_fx.passes.inputs import DenoiserInputs
 from difa_fx.passes.partition import Partition
 from difa_fx.passes.rewrite import residual_axis
 from difa_fx.passes.sites import AttentionSite
-from difa_fx.program import Program, ProgramBuilder, StateKey, output_number
+from difa_fx.program import Program, ProgramBuilder, State, StateKey, output_number
 from difa_fx.schedule import FULL, Schedule, SiteStep
 from difa_fx.sessions import RunnerStats, Session
-from difa_fx.timestep import TimestepReader
+from difa_fx.timestep import TimestepReader, grid_of
+from difa_fx.witness import Seen
+
+
+class ClockSource(Protocol):
+    """Where a runner gets the clock of the generation that a call belongs to."""
+
+    def tick(self, owner: object, told: Told) -> Clock:
+        """The clock, moved on to the call; raises ClockError where the call belongs to no generation."""
+        ...
+
+    def latest(self, owner: object) -> Clock | None:
+        """The clock that the caller's last call moved."""
+        ...
+
+    def abandon(self, owner: object) -> None:
+        """A call was refused."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OneClock:
+    """A single generation, for runs in a known order."""
+
+    clock: Clock
+
+    def tick(self, owner: object, told: Told) -> Clock:
+        """See :class:`ClockSource`."""
+        self.clock.tick(told.timestep, grid=told.grid)
+        return self.clock
+
+    def latest(self, owner: object) -> Clock | None:
+        """See :class:`ClockSource`."""
+        return self.clock
+
+    def abandon(self, owner: object) -> None:
+        """Its sessions are given up by their runner."""
 
 
 class Company(Protocol):
@@ -55,6 +95,14 @@ class Company(Protocol):
         """Raise PlanError when the graphs together lack a site of the plan."""
         ...
 
+    def followed(self) -> Clock | None:
+        """In a broken denoiser, the clock that the caller's last graph with a timestep moved."""
+        ...
+
+    def follow(self, clock: Clock) -> None:
+        """The graphs that this caller runs next belong to ``clock``'s call."""
+        ...
+
 
 class Alone:
     """A runner without company."""
@@ -65,9 +113,21 @@ class Alone:
     def check_sites(self) -> None:
         """Nothing to check."""
 
+    def followed(self) -> Clock | None:
+        """Nobody to follow."""
+
+    def follow(self, clock: Clock) -> None:
+        """Nobody follows."""
+
 
 class Runner:
-    """Runs one graph, at one set of shapes, under one plan."""
+    """Runs one graph, at one set of shapes, under one plan.
+
+    Args:
+        unguided: makes the runner of the same graph for a generation whose guidance has ended, so that the batch is
+            the conditional half alone; None where guidance cannot end.
+        only_going_on: why no generation can begin here; one whose guidance has ended can go on.
+    """
 
     def __init__(
         self,
@@ -78,67 +138,87 @@ class Runner:
         schedule: Schedule,
         compiler: PieceCompiler,
         owner_position: int | None,
-        clock_of: Callable[[object], Clock],
+        clocks: ClockSource,
         strict: bool,
+        later: Callable[[int], Schedule] | None = None,
+        names: Sequence[str] = (),
         written: tuple[int, ...] = (),
         company: Company | None = None,
         graphs: GraphMaker | None = None,
+        unguided: Callable[[], Runner] | None = None,
+        only_going_on: DifaError | None = None,
     ) -> None:
         self.attention, self.partition, self.schedule = attention, partition, schedule
         self.written = written
         self._compiler, self._strict = compiler, strict
-        self._owner_position, self._clock_of = owner_position, clock_of
+        self._owner_position, self._clocks = owner_position, clocks
         self._company, self._make_graphs = company or Alone(), graphs
         self._sites = {site.path: site for site in attention.sites}
         self._shapes = {site.path: site.shape for site in attention.sites}
         self._kinds = {site.path: _kinds(site) for site in attention.sites}
         self._builder = ProgramBuilder(graph, partition, compiler)
-        self._sessions: dict[int, tuple[weakref.ref[Any] | None, Session]] = {}
+        self._sessions: list[weakref.ref[Session]] = []
+        self._served, self._served_ownerless = WeakIdKeyDictionary(), False
         self._timestep = TimestepReader(attention.inputs)
-        self._rounding = _rounding(graph, attention.inputs.timestep)
-        self._halves = schedule.calls_per_step == 1 and any(
-            e.action.method.shares_cfg for row in schedule.rows for e in row
-        )
+        self._grid = grid_of(_timestep_dtype(graph, attention.inputs.timestep))
+        self._conditions = _conditions(names, attention.inputs)
         self._full: Program | None = None
+        self._warned = False
+        self._unguided, self._only_going_on = unguided, only_going_on
+        self._without_guidance: Runner | None = None
+        self._lock = threading.RLock()
+        self._own: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._later, self._parts = later, dict[int, tuple[Schedule, tuple[Program, ...]]]()
         self.calls = 0
-        self.programs = self._compile_programs()
+        self.programs = self._compiled(schedule)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """One call of the denoiser with the graph's inputs; gives the graph's outputs."""
         self.calls += 1
         if self._company.broken and not self._sites and self.attention.inputs.timestep is None:
             return self._builder.run_program(self.programs[0], args, {})  # it may come before the timestep is known
-        session = self._session(args)
+        owner = self._owner(args)
         reading = self._timestep.begin(args)
-        ahead = self._launch_ahead(session, args)
+        begun, ahead = self._launch_ahead(owner, args)
+        session = begun
         try:
-            call = self._tick(session, reading())
-            self._begin(session, call, args)
+            clock = self._clock(owner, args, reading())
+            runner = self._serving(clock)
+            session = runner._session(clock)
+            if begun is not None and begun is not session:
+                begun.abandon()  # its graph wrote over what it held
+            runner._begin(session, args)
         except (ClockError, CFGError) as error:
-            session.abandon()
+            self._clocks.abandon(owner)
+            if session is not None:
+                session.abandon()
             if self._strict:
                 raise
             return self._run_full(args, error)
         try:
-            return self._run(call, args, session, ahead)
+            return runner._run(args, session, ahead if runner is self else None)
         except BaseException:
             session.abandon()
             raise
 
     def serves(self, owners: Collection[int], *, ownerless: bool = True) -> bool:
         """Whether it served a denoiser with one of these parameters (their ids), or perhaps one without any."""
-        return any(ownerless if ref is None else key in owners for key, (ref, _) in self._sessions.items())
+        served = (id(owner) in owners for owner in self._served)
+        return any(served) or (self._served_ownerless and ownerless)
 
-    def drop_state(self, owners: Collection[int]) -> None:
-        """Free the state that the last generation left of the denoiser with one of these parameters (their ids)."""
-        for key, (ref, session) in self._sessions.items():
-            if ref is None or key in owners:
-                session.state.clear()
+    def drop(self, clock: Clock) -> None:
+        """Free the state that ``clock``'s generation left."""
+        for session in self.sessions:
+            if session.of() is clock:
+                session.abandon()
 
     @property
     def sessions(self) -> tuple[Session, ...]:
-        """The sessions of the denoisers that are alive."""
-        return tuple(s for ref, s in self._sessions.values() if ref is None or ref() is not None)
+        """One for each clock that it served and that is alive."""
+        found = tuple(session for ref in list(self._sessions) if (session := ref()) is not None)
+        if len(found) < len(self._sessions):
+            self._sessions = [ref for ref in self._sessions if ref() is not None]
+        return found
 
     @property
     def stats(self) -> RunnerStats:
@@ -156,49 +236,68 @@ class Runner:
             calls=self.calls,
         )
 
-    def _compile_programs(self) -> tuple[Program, ...]:
-        rows = [self.schedule.row(call) for call in range(self.schedule.calls)]
+    def _compiled(self, schedule: Schedule) -> tuple[Program, ...]:
+        rows = [schedule.row(call) for call in range(schedule.calls)]
         self._builder.compile_rows(rows)
         return tuple(self._builder.program(row) for row in rows)
 
-    def _session(self, args: Sequence[Any]) -> Session:
-        owner = args[self._owner_position] if self._owner_position is not None else None
-        key = id(owner)
-        found = self._sessions.get(key)
-        if found is not None and (found[0] is None or found[0]() is owner):
-            return found[1]
-        make = self._make_graphs
-        graphs = None if make is None else make(self._builder, self.programs, self.schedule)
-        session = Session(self._clock_of(owner), graphs=graphs)
-        ref = None if owner is None else weakref.ref(owner, lambda _: self._sessions.pop(key, None))
-        self._sessions[key] = (ref, session)
-        return session
+    def _part(self, first: int) -> tuple[Schedule, tuple[Program, ...]]:
+        """What a generation runs that begins at the plan's step ``first``."""
+        if not first or self._later is None:
+            return self.schedule, self.programs
+        with self._lock:
+            if first not in self._parts:
+                schedule = self._later(first)
+                self._parts[first] = schedule, self._compiled(schedule)
+            return self._parts[first]
 
-    def session_of(self, owner: object) -> Session | None:
-        """The session of a denoiser, by the parameter that owns it."""
-        found = self._sessions.get(id(owner))
-        return None if found is None or (found[0] is not None and found[0]() is not owner) else found[1]
+    def _owner(self, args: Sequence[Any]) -> Any:
+        return args[self._owner_position] if self._owner_position is not None else None
 
-    def _launch_ahead(self, session: Session, args: Sequence[Any]) -> Launched | None:
+    def _session(self, clock: Clock) -> Session:
+        """What it holds of the generations that ``clock`` counts."""
+        found = self.session_of(clock)
+        if found is None:
+            make = self._make_graphs
+            graphs = None if make is None else make(self._builder, self.programs, self.schedule)
+            found = Session(weakref.ref(clock), graphs=graphs)
+            clock.sessions[self] = found
+            self._sessions.append(weakref.ref(found))
+        return found
+
+    def session_of(self, clock: Clock) -> Session | None:
+        """The session of ``clock``, if there is one."""
+        found = clock.sessions.get(self)
+        assert found is None or isinstance(found, Session)
+        return found
+
+    def _launch_ahead(self, owner: object, args: Sequence[Any]) -> tuple[Session | None, Launched | None]:
         """Begin the call that comes next if the generation goes on, while its timestep is on the way to the host."""
-        position = session.clock.position
-        if session.graphs is None or self._company.broken or position < 0 or not session.ran(position):
-            return None
-        return session.graphs.launch(position + 1, args)
+        clock = None if self._make_graphs is None or self._company.broken else self._clocks.latest(owner)
+        session = None if clock is None else self.session_of(clock)
+        if clock is None or session is None or session.graphs is None or clock.first or not clock.running:
+            return None, None
+        if not session.ran(clock.position):
+            return None, None
+        return session, session.graphs.launch(clock.position + 1, args)
 
-    def _tick(self, session: Session, timestep: float | None) -> int:
-        """The number of this call, which was shown ``timestep``, in its generation.
+    def _clock(self, owner: object, args: Sequence[Any], timestep: float | None) -> Clock:
+        """The clock of the generation that a call belongs to, moved on to it.
 
         Where Dynamo broke the denoiser into several graphs, the one that reads the timestep moves the clock and the
         others follow.
         """
-        clock = session.clock
+        if owner is None:
+            self._served_ownerless = True
+        else:
+            self._served[owner] = True
+        told = Told(timestep, self._grid, lambda: self._seen(args))
         if not self._company.broken:
-            return clock.tick(timestep, tolerance=self._rounding)
-        if timestep is not None and (timestep != clock.timestep or session.ran(clock.position)):
-            self._company.check_sites()
-            return clock.tick(timestep, tolerance=self._rounding)
-        if clock.position < 0 or session.ran(clock.position):
+            return self._clocks.tick(owner, told)
+        followed = self._company.followed()
+        if followed is not None and not self._ran(followed) and timestep in (None, followed.timestep):
+            return followed
+        if timestep is None:
             raise ClockError(
                 "the denoiser runs as several graphs, and the one that reads the timestep did not run before this one",
                 where="step clock",
@@ -206,55 +305,94 @@ class Runner:
                 allowed="one graph with the timestep among its inputs, first in each call",
                 todo="look for graph breaks with TORCH_LOGS=graph_breaks, and compile the whole denoiser",
             )
-        return clock.position
+        if followed is not None:
+            self._company.check_sites()
+        clock = self._clocks.tick(owner, told)
+        self._company.follow(clock)
+        return clock
 
-    def _begin(self, session: Session, call: int, args: Sequence[Any]) -> None:
-        """Make ``session`` ready for ``call``: begun, or with the state of the call before."""
+    def _ran(self, clock: Clock) -> bool:
+        session = self.session_of(clock)
+        return session is not None and session.ran(clock.position)
+
+    def _seen(self, args: Sequence[Any]) -> Seen:
+        latents = self.attention.inputs.latents
+        conditions = {name: args[position] for name, position in self._conditions.items()}
+        found = {name: value for name, value in conditions.items() if isinstance(value, Tensor)}
+        return Seen(None if latents is None else args[latents], found)
+
+    def _serving(self, clock: Clock) -> Runner:
+        """This runner, or the one for a generation that went on from twice the batch, its guidance ended."""
+        if self._unguided is None or clock.position <= 0 or self._ran_before(clock):
+            return self
+        batch = self.attention.inputs.batch
+        known = self._without_guidance
+        if known is not None and known._ran_before(clock):
+            return known
+        doubled = (r for r in self._company.runners if batch and r.attention.inputs.batch == 2 * batch)
+        if not any(runner._ran_before(clock) for runner in doubled):
+            return self
+        with self._lock:
+            if self._without_guidance is None:
+                self._without_guidance = self._unguided()
+        return self._without_guidance
+
+    def _ran_before(self, clock: Clock) -> bool:
+        session = self.session_of(clock)
+        return session is not None and session.ran(clock.position - 1)
+
+    def _begin(self, session: Session, args: Sequence[Any]) -> None:
+        """Make ``session`` ready for the call that its clock counted: begun, or with the state of the call before."""
+        clock = session.clock
+        call = clock.position
         if call == 0:
-            session.state.clear()
-            if self._halves:
-                self._check_halves(args)
-            if session.graphs is not None:
+            if self._only_going_on is not None:
+                raise self._only_going_on
+            session.abandon()
+            self._warned = False
+            if session.graphs is not None and not clock.first:
                 session.graphs.begin(call)
-        elif self._sites and not session.ran(call - 1) and not self._take_over(session, call, args):
+        elif self._sites and not session.ran(call - 1) and not self._take_over(session, args):
             raise ClockError(
                 "there is no state to go on with in the middle of a generation",
-                where=f"step {call // self.schedule.calls_per_step}",
+                where=f"step {clock.step}",
                 got="a call at a batch, resolution or dtype that did not run the generation's last step, "
                 "or one after a call that failed",
                 allowed="one shape from the first step to the last, and no failed call between; the batch may go from "
                 "two halves of guidance to the conditional one",
                 todo="begin a new generation, and keep the batch (and CFG) the same throughout it",
             )
-        session.generation, session.position = session.clock.generation, call
+        self._check_halves(session, args)
+        session.generation, session.position = clock.generation, call
 
-    def _take_over(self, session: Session, call: int, args: Sequence[Any]) -> bool:
+    def _take_over(self, session: Session, args: Sequence[Any]) -> bool:
         """Take the state of the runner that served the call before, if it fits this one."""
-        owner = args[self._owner_position] if self._owner_position is not None else None
+        clock = session.clock
         for other in self._company.runners:
-            theirs = None if other is self else other.session_of(owner)
-            if theirs is None or not theirs.ran(call - 1):
+            theirs = None if other is self else other.session_of(clock)
+            if theirs is None or not theirs.ran(clock.position - 1):
                 continue
-            fit = self._fit_from(other, call - 1)
+            fit = self._fit_from(other, clock)
             if fit is not None:
                 session.state = {key: fit(key, value) for key, value in theirs.state.items()}
                 if session.graphs is not None:
-                    session.graphs.begin(call)
+                    session.graphs.begin(clock.position)
                     session.graphs.adopt(session.state)
                 theirs.abandon()
                 return True
         return False
 
-    def _fit_from(self, other: Runner, call: int) -> Callable[[StateKey, Tensor], Tensor] | None:
-        """How a tensor of another runner's state after ``call`` becomes one of this runner's; None if none can."""
+    def _fit_from(self, other: Runner, clock: Clock) -> Callable[[StateKey, Tensor], Tensor] | None:
+        """How a tensor of another runner's state before ``clock``'s call becomes one of this runner's; None if none can."""
         if other._kinds != self._kinds:
             return None
         if other._shapes == self._shapes and other.schedule == self.schedule:
             return lambda _, value: value
         doubled = {path: replace(shape, **_twice(shape)) for path, shape in self._shapes.items()}
-        if other._shapes != doubled or self._halves or not self._company.guided:
+        if other._shapes != doubled or any(map(_shares, self.schedule.rows)) or not self._company.guided:
             return None
-        row, second = other.schedule.row(call), self._compiler.settings.second
+        schedule, _ = other._part(clock.first)
+        row, second = schedule.row(clock.position - 1), self._compiler.settings.second
 
         def conditional(key: StateKey, value: Tensor) -> Tensor:
             site, entry, residual = other._sites[key[0]], row[key[0]], key[1].startswith("residual")
@@ -265,33 +403,66 @@ class Runner:
 
         return conditional
 
-    def _check_halves(self, args: Sequence[Any]) -> None:
-        """A CFG batch holds the same latents twice; anything else must not share a half."""
+    def _check_halves(self, session: Session, args: Sequence[Any]) -> None:
+        """A CFG batch holds the same latents twice; anything else must not share a half.
+
+        They are compared where a half is shared.  On CUDA the answer is read when the next call's timestep is there,
+        or at the last call, so that the device need not be waited for.
+        """
+        before, session.unequal = session.unequal, None
+        if before is not None and bool(before):
+            raise _unequal_halves()
+        schedule, _ = self._part(session.clock.first)
+        call = session.clock.position
+        if schedule.calls_per_step != 1 or not _shares(schedule.rows[call]):
+            return
         for position in self.attention.inputs.samples:
             first, second = args[position].chunk(2)
-            if not torch.equal(first, second):
-                raise CFGError(
-                    "the plan shares the conditional half of the batch, but the two halves hold different latents",
-                    where="first step of a generation",
-                    got=f"a batch of {args[position].shape[0]} that is not the same latents twice",
-                    allowed="latents repeated for the conditional and the unconditional half",
-                    todo="turn classifier-free guidance on, or use a plan without '+cfg' methods",
-                )
+            if first.is_cuda:
+                unequal = (first != second).any()
+                session.unequal = unequal if session.unequal is None else session.unequal | unequal
+            elif not torch.equal(first, second):
+                raise _unequal_halves(args[position].shape[0])
+        last = session.clock.position == session.clock.count - 1
+        if last and session.unequal is not None and bool(session.unequal):
+            raise _unequal_halves()
 
-    def _run(self, call: int, args: Sequence[Any], session: Session, ahead: Launched | None) -> tuple[Any, ...]:
-        if session.graphs is None:
-            outputs = self._builder.run_program(self.programs[call], args, session.state)
+    def _run(self, args: Sequence[Any], session: Session, ahead: Launched | None) -> tuple[Any, ...]:
+        clock = session.clock
+        _, programs = self._part(clock.first)
+        programs = self.programs if not clock.first else programs
+        if session.graphs is None or clock.first:
+            outputs = self._builder.run_program(programs[clock.position], args, session.state)
+            outputs = self._apart(outputs, session.state, (clock.first, clock.position))
         else:
-            outputs = session.graphs.run(call, args, session.state, ahead)
+            outputs = session.graphs.run(clock.position, args, session.state, ahead)
         session.peak_bytes = max(session.peak_bytes, session.state_bytes)
         return outputs
 
+    def _apart(self, outputs: tuple[Any, ...], state: State, key: tuple[int, int]) -> tuple[Any, ...]:
+        """``outputs``, copied where they lie in the state's memory: they are the caller's to write to."""
+        shared = self._own.get(key)
+        if shared is None:
+            held = {value.untyped_storage().data_ptr() for value in state.values()}
+            shared = tuple(
+                number
+                for number, value in enumerate(outputs)
+                if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in held
+            )
+            self._own[key] = shared
+        if not shared:
+            return outputs
+        return tuple(value.clone() if number in shared else value for number, value in enumerate(outputs))
+
     def _run_full(self, args: Sequence[Any], error: DifaError) -> tuple[Any, ...]:
-        warnings.warn(f"difa_fx runs full attention: {error}", stacklevel=3)
-        if self._full is None:
-            row = {path: SiteStep(FULL) for path in self._sites}
-            self._builder.compile_rows([row])
-            self._full = self._builder.program(row)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"difa_fx runs full attention: {error}", stacklevel=3)
+        with self._lock:
+            if self._full is None:
+                row = {path: SiteStep(FULL) for path in self._sites}
+                self._builder.compile_rows([row])
+                self._full = self._builder.program(row)
         return self._builder.run_program(self._full, args, {})
 
 
@@ -313,11 +484,27 @@ def _twice(shape: SiteShape) -> dict[str, int]:
     return {name: 2 * getattr(shape, name) for name in sizes}
 
 
-def _rounding(graph: fx.Graph, timestep: int | None) -> float:
-    """Relative spacing of the timestep's dtype; 0 for integers."""
-    if timestep is None:
-        return 0.0
-    value = placeholders(graph)[timestep].meta.get("val")
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return 0.0
-    return float(torch.finfo(value.dtype).eps)
+def _timestep_dtype(graph: fx.Graph, timestep: int | None) -> torch.dtype | None:
+    value = None if timestep is None else placeholders(graph)[timestep].meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def _conditions(names: Sequence[str], inputs: DenoiserInputs) -> dict[str, int]:
+    """Positions of the inputs that may stay the same throughout a generation; ``names`` has "" for weights."""
+    known = (*inputs.samples, inputs.timestep)
+    return {name: position for position, name in enumerate(names) if name and position not in known}
+
+
+def _shares(row: Sequence[SiteStep]) -> bool:
+    """Whether a site computes one half of the batch for both."""
+    return any(entry.runs and entry.action.method.shares_cfg for entry in row)
+
+
+def _unequal_halves(batch: int | None = None) -> CFGError:
+    return CFGError(
+        "the plan shares the conditional half of the batch, but the two halves hold different latents",
+        where="a step with a '+cfg' method",
+        got=f"a batch {f'of {batch} ' if batch else ''}that is not the same latents twice",
+        allowed="latents repeated for the conditional and the unconditional half",
+        todo="turn classifier-free guidance on, or use a plan without '+cfg' methods",
+    )

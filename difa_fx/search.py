@@ -29,7 +29,7 @@ from difa_fx.passes.window_attention import fitted
 from difa_fx.plan import CFGOrder, Method, Plan
 from difa_fx.plan_words import Window, calls_per_step
 from difa_fx.program import Call, ProgramBuilder, State
-from difa_fx.runtime import Runner
+from difa_fx.runtime import OneClock, Runner
 from difa_fx.schedule import FULL, SiteAction, SiteStep, make_schedule, open_calls, open_step, without_residuals
 from difa_fx.step_calls import TwoCalls
 
@@ -163,7 +163,7 @@ class SearchGraph:
             schedule=make_schedule(plan, [site.path for site in self.sites]),
             compiler=self._compiler,
             owner_position=None,
-            clock_of=lambda _: clock,
+            clocks=OneClock(clock),
             strict=True,
         )
 

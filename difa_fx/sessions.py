@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from difa_fx.clock import Clock
 from difa_fx.cost import SiteShape
@@ -11,29 +14,39 @@ from difa_fx.cuda_graphs import StepGraphs
 from difa_fx.program import State
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Session:
-    """The state of one denoiser's generation; two denoisers that share a compiled graph have one each.
+    """What a runner holds of the generations that one clock counts; two that take turns have one each.
 
     Attributes:
-        clock: the denoiser's.
+        of: the clock; it owns its sessions, and they go with it.
         state: what is held now.
         generation: the one that it is of.
         position: its last call.
         peak_bytes: the most that was held after a call.
         graphs: the calls as CUDA graphs, if they are asked for.
+        unequal: on CUDA, whether the last call's halves of guidance differed; read when the next one is there.
     """
 
-    clock: Clock
+    of: weakref.ref[Clock]
     state: State = field(default_factory=dict)
     generation: int = -1
     position: int = -1
     peak_bytes: int = 0
     graphs: StepGraphs | None = None
+    unequal: Tensor | None = None
+
+    @property
+    def clock(self) -> Clock:
+        """The clock."""
+        clock = self.of()
+        assert clock is not None, "a session outlived its clock"
+        return clock
 
     def abandon(self) -> None:
         """Drop the state, and with it the generation: only the first step of a new one can follow."""
         self.state.clear()
+        self.unequal = None
         self.generation = self.position = -1
 
     def ran(self, call: int) -> bool:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from difa_fx.clock import Grid, exact
 from difa_fx.passes.inputs import DenoiserInputs
+
+
+def grid_of(dtype: torch.dtype | None) -> Grid:
+    """Numbers as a timestep of ``dtype`` has them; None and integers: as they are."""
+    if dtype is None or not dtype.is_floating_point:
+        return exact
+    eps, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+
+    def grid(value: float) -> tuple[float, float]:
+        rounded = float(torch.tensor(value, dtype=torch.float64).to(dtype))
+        return rounded, eps * 2.0 ** math.floor(math.log2(max(abs(value), smallest)))
+
+    return grid
+
 
 Reading = Callable[[], float | None]
 """Waits for a timestep and gives it; None where the graph has none."""

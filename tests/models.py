@@ -9,6 +9,7 @@ Letters: B batch (both CFG halves together), N tokens, C channels, L caption tok
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -58,10 +59,21 @@ class Case:
         return self.draw(Draw(timestep, batch, generator, self.cfg_order, same_halves))
 
     def generation(self, steps: int, batch: int | None = None, seed: int = 0, same_halves: bool = False) -> list[Call]:
-        """Arguments of a generation's calls: timesteps fall, everything else is drawn afresh."""
+        """Arguments of a generation's calls: timesteps fall, latents are drawn afresh, conditions stay the same."""
         generator = torch.Generator().manual_seed(seed)
         times = [1000 * (steps - step) // steps - 1 for step in range(steps)]
-        return [self.inputs(t, batch or self.batch, generator, same_halves) for t in times]
+        drawn = [self.inputs(t, batch or self.batch, generator, same_halves) for t in times]
+        return [_with_conditions_of(drawn[0], call) for call in drawn]
+
+
+_MOVING: Final = re.compile(r"hidden_states|sample|.*latents|x|img|z|t|timesteps?|sigmas?|time|audio_hidden_states")
+"""Names of inputs that differ from step to step."""
+
+
+def _with_conditions_of(first: Call, call: Call) -> Call:
+    """``call`` with the conditions of another: all but the latents and the timestep, which come first."""
+    args = (*call[0][:2], *first[0][2:])
+    return args, {name: v if _MOVING.fullmatch(name) else first[1][name] for name, v in call[1].items()}
 
 
 @dataclass(frozen=True, slots=True)

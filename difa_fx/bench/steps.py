@@ -42,12 +42,13 @@ class Snapshot:
     def of(cls, session: Session, *, copied: bool = False) -> Snapshot:
         """What ``session`` holds now; ``copied``: whether its tensors will be written to."""
         values = {key: value.clone() for key, value in session.state.items()} if copied else {}
-        return cls(copy.deepcopy(session.clock), dict(session.state), session.generation, session.position, values)
+        return cls(session.clock.resume(), dict(session.state), session.generation, session.position, values)
 
     def restore(self, session: Session) -> None:
         """Make ``session`` hold this again."""
         for item in fields(Clock):
-            setattr(session.clock, item.name, copy.copy(getattr(self.clock, item.name)))
+            if item.name != "sessions":
+                setattr(session.clock, item.name, copy.copy(getattr(self.clock, item.name)))
         for key, value in self.values.items():
             self.state[key].copy_(value)
         session.state.clear()

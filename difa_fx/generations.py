@@ -1,0 +1,339 @@
+"""Whose generation is this: to each call of a denoiser the clock of the generation that it belongs to, or an error.
+
+State belongs to a generation.  A call is proved to belong to one, or refused:
+
+- Callers (threads, tasks) never share a generation.
+- With an attached pipeline, a generation begins with ``set_timesteps`` of a scheduler, the pipeline's or a copy of it.
+  Its first call may be at any of the scheduler's timesteps; then each must be the next.  Several may run in turn.
+- Without one, a generation begins with ``difa_fx.reset``, with the plan's first timestep, or where timesteps turn back.
+  One that was cut short before is remembered: a call that could be its next is decided by the inputs
+  (:mod:`difa_fx.witness`), or refused.  So is a call that has none of the running generation's conditions, and, where a
+  plan has no timesteps and nobody announced the generation, one whose latents have nothing in common with its last.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from difa_fx.callers import Caller, caller
+from difa_fx.clock import ATTACH, Clock, Grid, exact
+from difa_fx.errors import ClockError
+from difa_fx.plan import Plan
+from difa_fx.witness import Seen, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a call tells of itself.
+
+    Attributes:
+        timestep: value of the graph's timestep input; None when it has none.
+        grid: of its dtype.
+        seen: its other inputs.
+    """
+
+    timestep: float | None
+    grid: Grid = exact
+    seen: Callable[[], Seen] = Seen
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """What one caller runs: generations of attached pipelines, or one and those that it cut short.
+
+    Attributes:
+        clocks: the latest last.
+        cut: generations that another one followed before their end; their state is gone.
+    """
+
+    clocks: list[Clock] = field(default_factory=list)
+    cut: list[Clock] = field(default_factory=list)
+
+
+class Generations:
+    """All generations of one denoiser under one plan.
+
+    Args:
+        plan: theirs.
+        drop: frees the state that a clock's generation left.
+        late: announces what schedulers of attached pipelines say that were not heard; whether there was anything.
+    """
+
+    def __init__(self, plan: Plan, drop: Callable[[Clock], None], late: Callable[[], bool] = lambda: False) -> None:
+        self._plan, self._drop, self._late = plan, drop, late
+        self._reads = [any(m.windowed or not m.computes for m in row) for row in plan.methods]
+        self._learned: tuple[float, ...] | None = None
+        self._lines: weakref.WeakKeyDictionary[Caller, _Line] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()
+        self.attached = False
+
+    @property
+    def clocks(self) -> tuple[Clock, ...]:
+        """Those of all callers."""
+        with self._lock:
+            return tuple(clock for line in self._lines.values() for clock in line.clocks)
+
+    def latest(self) -> Clock | None:
+        """The clock that this caller's last call moved."""
+        line = self._lines.get(caller())
+        return line.clocks[-1] if line is not None and line.clocks else None
+
+    def begin(self) -> None:
+        """This caller's next call begins a generation."""
+        with self._lock:
+            line = self._line()
+            line.cut.clear()
+            clock = line.clocks[-1] if line.clocks else self._added(line)
+            for other in line.clocks:
+                self._drop(other)
+            line.clocks[:] = [clock]
+            clock.begin()
+            if not clock.attached:
+                clock.expected = self._known()
+
+    def announce(self, timesteps: Sequence[float], span: float, scheduler: Any) -> None:
+        """This caller's ``scheduler`` was set to ``timesteps``: a generation of its own is about to begin."""
+        with self._lock:
+            self.attached = True
+            for line in self._lines.values():
+                for clock in [c for c in line.clocks if _of(c, scheduler)]:
+                    self._end(clock)
+            mine = self._line()
+            mine.cut.clear()
+            for clock in [c for c in mine.clocks if _ownerless(c)]:
+                self._end(clock)
+            idle = [c for c in mine.clocks if c.position == c.count - 1]
+            clock = idle[0] if idle else Clock(self._plan.steps, calls=self._plan.calls_per_step)
+            mine.clocks[:] = [c for c in mine.clocks if c not in idle]
+            mine.clocks.append(clock)
+            self._drop(clock)
+            clock.scheduler = weakref.ref(scheduler)
+            clock.begin(timesteps, span)
+
+    def release(self) -> None:
+        """No pipeline is attached any more; the plan's timesteps count again."""
+        with self._lock:
+            self.attached = False
+            for clock in self.clocks:
+                self._drop(clock)
+            self._lines.clear()
+
+    def tick(self, told: Told) -> Clock:
+        """The clock of the generation that this caller's call belongs to, moved on to it.
+
+        Raises:
+            ClockError: it belongs to none, or cannot be told.
+        """
+        with self._lock:
+            line = self._line()
+            clock = (self._scheduled if self.attached else self._unattended)(line, told)
+            line.clocks.remove(clock)
+            line.clocks.append(clock)
+            clock.inputs.note(told.seen())
+            if clock.position == clock.count - 1:
+                line.cut.clear()
+                if not clock.attached and not clock.first and clock.expected is None and told.timestep is not None:
+                    self._learned = clock.expected = clock.seen
+            return clock
+
+    def abandon(self) -> None:
+        """A call of this caller was refused: what it runs is given up, as far as only one generation runs."""
+        with self._lock:
+            line = self._line()
+            if len(line.clocks) == 1:
+                self._drop(line.clocks[0])
+
+    def _line(self) -> _Line:
+        return self._lines.setdefault(caller(), _Line())
+
+    def _known(self) -> tuple[float, ...] | None:
+        return self._plan.timesteps or self._learned
+
+    def _added(self, line: _Line) -> Clock:
+        clock = Clock(self._plan.steps, self._known(), calls=self._plan.calls_per_step)
+        line.clocks.append(clock)
+        return clock
+
+    def _end(self, clock: Clock) -> None:
+        """``clock``'s generation is over, whether it came to its end or not."""
+        self._drop(clock)
+        clock.position = clock.count - 1
+        clock.scheduler = None
+
+    def _scheduled(self, line: _Line, told: Told) -> Clock:
+        """The clock of a call under schedulers that are heard."""
+        if told.timestep is None:
+            clock = line.clocks[-1] if line.clocks else self._added(line)
+            clock.tick(None)
+            return clock
+        found = self._fitting(line, told)
+        if found is None and self._late():
+            found = self._fitting(line, told)
+        if found is None:
+            found = self._unclaimed(line, told)
+        if found is not None:
+            return found
+        if line.clocks and line.clocks[-1].expected is not None:
+            raise line.clocks[-1].unexpected(told.timestep)
+        raise ClockError(
+            "no scheduler of an attached pipeline was set to its timesteps in this thread",
+            where="step clock",
+            got=f"timestep {told.timestep:g}",
+            allowed="a call in the thread (or task) in which the pipeline runs",
+            todo="call the pipeline, or scheduler.set_timesteps in this thread; detach the pipeline to call the "
+            "denoiser without it",
+        )
+
+    def _fitting(self, line: _Line, told: Told) -> Clock | None:
+        timestep, grid = told.timestep, told.grid
+        assert timestep is not None
+        for loose in (False, True):
+            going = [c for c in line.clocks if c.position >= 0 and c.expects(timestep, grid, loose=loose)]
+            waiting = [c for c in line.clocks if c.position < 0]
+            starts = {c: step for c in waiting if (step := c.place_of(timestep, grid, loose=loose)) is not None}
+            if not going and not starts:
+                continue
+            clock = self._chosen(going, list(starts), told)
+            if clock in starts:
+                clock.first = starts[clock]
+            clock.tick(timestep, grid=grid)
+            return clock
+        return None
+
+    def _chosen(self, going: list[Clock], waiting: list[Clock], told: Told) -> Clock:
+        """Which of several generations a call belongs to."""
+        if len(going) == 1 and not waiting:
+            return going[0]
+        if not going:
+            return waiting[-1]
+        seen = told.seen()
+        verdicts = {clock: clock.inputs.judge(seen) for clock in going}
+        own = [clock for clock, verdict in verdicts.items() if verdict is Verdict.OWN]
+        if own:
+            return own[-1]
+        if waiting and Verdict.UNKNOWN not in verdicts.values():
+            return waiting[-1]
+        raise _untold(told, going[-1], "several generations of this thread could go on with it")
+
+    def _unclaimed(self, line: _Line, told: Told) -> Clock | None:
+        """A generation that was announced in another thread and not begun there, if there is only one."""
+        assert told.timestep is not None
+        waiting = [
+            (other, clock)
+            for other in self._lines.values()
+            for clock in other.clocks
+            if other is not line and clock.position < 0 and clock.scheduler is not None
+        ]
+        if len(waiting) != 1:
+            return None
+        other, clock = waiting[0]
+        other.clocks.remove(clock)
+        line.clocks.append(clock)
+        return self._fitting(line, told)
+
+    def _unattended(self, line: _Line, told: Told) -> Clock:
+        """The clock of a call without a scheduler."""
+        clock = line.clocks[-1] if line.clocks else self._added(line)
+        timestep, grid = told.timestep, told.grid
+        if timestep is None:
+            clock.tick(None)
+            return clock
+        if clock.position < 0 and clock.announced:
+            clock.first = clock.place_of(timestep, grid) or 0
+            clock.tick(timestep, grid=grid)
+            return clock
+        for loose in (False, True):
+            going = [c for c in (*line.cut, clock) if c.expects(timestep, grid, loose=loose)]
+            begins = clock.begins_with(timestep, grid, loose=loose)
+            if going or begins:
+                break
+        if begins and not (going and self._goes_on(going, clock, told)):
+            self._begin(line, clock)
+        elif going and not begins:
+            self._check(going, clock, told)
+        elif not begins and clock.expected is not None and clock.expected == self._learned != self._plan.timesteps:
+            if not clock.turns_back(timestep):
+                raise clock.unexpected(timestep)
+            self._learned = None  # another sampler than the one that was learned from
+            self._begin(line, clock)
+            clock.expected = None
+        clock.tick(timestep, grid=grid)
+        return clock
+
+    def _begin(self, line: _Line, clock: Clock) -> None:
+        if clock.running:
+            line.cut.append(clock.resume())
+        self._drop(clock)
+        clock.begin(announced=False)
+        clock.expected = self._known()
+
+    def _goes_on(self, going: list[Clock], clock: Clock, told: Told) -> bool:
+        """Whether a call goes on with ``clock``'s generation that could begin one as well."""
+        if clock in going and clock.announced and not clock.ambiguous(told.grid):
+            return True
+        seen = told.seen()
+        verdicts = {other: other.inputs.judge(seen) for other in going}
+        if verdicts.get(clock) is Verdict.OWN:
+            return True
+        self._refuse_overtaken(verdicts, told)
+        if Verdict.UNKNOWN not in verdicts.values():
+            return False
+        raise _untold(told, clock, "it could begin a generation, and go on with the one that runs")
+
+    def _check(self, going: list[Clock], clock: Clock, told: Told) -> None:
+        """Raise ClockError unless a call goes on with ``clock``'s generation and with no other."""
+        if clock in going and not self._reads[clock.first + (clock.position + 1) // clock.calls]:
+            return  # what reads no state cannot read another's
+        seen = told.seen()
+        verdicts = {other: other.inputs.judge(seen) for other in going}
+        mine = verdicts.get(clock)
+        if mine is Verdict.OWN:
+            return
+        self._refuse_overtaken(verdicts, told)
+        if going != [clock]:
+            raise _untold(told, clock, "another generation was cut short, and could go on with it, too")
+        if mine is Verdict.OTHER:
+            raise _untold(told, clock, "none of its conditions are those of the generation that runs")
+        if clock.ambiguous(told.grid):
+            raise _untold(told, clock, "its dtype cannot tell this step's timestep from the last one's")
+        if clock.announced or clock.expected is not None:
+            return
+        if seen.latents is None or (mine is Verdict.UNRELATED and seen.conditions):
+            raise _untold(told, clock, "the plan has no timesteps, and its latents are not those of the one that runs")
+
+    def _refuse_overtaken(self, verdicts: Mapping[Clock, Verdict], told: Told) -> None:
+        own = next((other for other, verdict in verdicts.items() if verdict is Verdict.OWN), None)
+        if own is not None:
+            raise _overtaken(told, own)
+
+
+def _untold(told: Told, clock: Clock, reason: str) -> ClockError:
+    return ClockError(
+        f"whose generation this call belongs to cannot be told: {reason}",
+        where=f"step clock, after {clock.place()}",
+        got=f"timestep {told.timestep:g}",
+        allowed="calls that timesteps or inputs prove to belong to one generation",
+        todo=ATTACH + "; give the plan its 'timesteps'",
+    )
+
+
+def _overtaken(told: Told, clock: Clock) -> ClockError:
+    return ClockError(
+        "this call goes on with a generation after which another one began",
+        where=f"step clock, after {clock.place()}",
+        got=f"timestep {told.timestep:g}",
+        allowed="one generation after the other in a thread, unless a pipeline is attached",
+        todo="attach a pipeline for each, run them in threads of their own, or finish one before the next begins",
+    )
+
+
+def _of(clock: Clock, scheduler: Any) -> bool:
+    return clock.scheduler is not None and clock.scheduler() is scheduler
+
+
+def _ownerless(clock: Clock) -> bool:
+    return clock.scheduler is None or clock.scheduler() is None

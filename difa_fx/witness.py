@@ -1,0 +1,112 @@
+"""What a generation's inputs tell: whether a call belongs to it where timesteps alone do not say.
+
+Throughout a generation most conditions stay the same and the latents change a little from step to step.  Another
+generation has other latents, and often other conditions.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+_RELATED: Final = 0.5
+"""Cosine of two latents of one generation at least; independent noise has one near 0."""
+
+
+class Verdict(enum.Enum):
+    """What inputs say of a call and a generation."""
+
+    OWN = enum.auto()
+    """All conditions are the generation's, and the latents are related to its last ones."""
+    UNRELATED = enum.auto()
+    """Conditions do not contradict, but the latents have nothing in common with its last ones."""
+    OTHER = enum.auto()
+    """There are conditions, and not one is the generation's."""
+    UNKNOWN = enum.auto()
+    """Some conditions are the generation's, or there is nothing to compare."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The inputs of one call.
+
+    Attributes:
+        latents: the noisy sample [B, ...]; None where it is not known.
+        conditions: all other tensors but the timestep and the weights, by name.
+    """
+
+    latents: Tensor | None = None
+    conditions: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A tensor as it was: itself, while nobody has written to it since."""
+
+    value: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, value: Tensor) -> _Kept:
+        if value.is_inference():
+            return cls(value.clone(), -1)
+        return cls(value, value._version)
+
+    def now(self) -> Tensor | None:
+        """The tensor; None once it was written to."""
+        return self.value if self.version < 0 or self.value._version == self.version else None
+
+
+@dataclass(slots=True)
+class Witness:
+    """The inputs of a generation so far: its last latents, and those conditions that never changed."""
+
+    _latents: _Kept | None = None
+    _conditions: dict[str, _Kept] | None = None
+
+    def note(self, seen: Seen) -> None:
+        """Remember a call of the generation."""
+        self._latents = None if seen.latents is None else _Kept.of(seen.latents)
+        if self._conditions is None:
+            self._conditions = {name: _Kept.of(value) for name, value in seen.conditions.items()}
+            return
+        for name in list(self._conditions):
+            value = seen.conditions.get(name)
+            if value is None or not _equal(self._conditions[name].now(), value):
+                del self._conditions[name]
+
+    def judge(self, seen: Seen) -> Verdict:
+        """Whether a call belongs to the generation, as far as its inputs tell."""
+        kept = self._conditions or {}
+        alike = [_equal(kept[name].now(), value) for name, value in seen.conditions.items() if name in kept]
+        before = None if self._latents is None else self._latents.now()
+        if before is None or seen.latents is None or before.shape != seen.latents.shape:
+            return Verdict.UNKNOWN
+        if alike and not any(alike):
+            return Verdict.OTHER
+        if not _related(before, seen.latents):
+            return Verdict.UNRELATED
+        return Verdict.OWN if all(alike) else Verdict.UNKNOWN
+
+
+def _equal(before: Tensor | None, value: Tensor) -> bool:
+    if before is value:
+        return True
+    if before is None or before.shape != value.shape or before.dtype != value.dtype or before.device != value.device:
+        return False
+    return torch.equal(before, value)
+
+
+def _related(before: Tensor, value: Tensor) -> bool:
+    if before.device != value.device:
+        return False
+    if not value.is_floating_point():  # tokens of a codebook
+        return float((before == value).float().mean()) > _RELATED
+    first, second = before.flatten().float(), value.flatten().float()
+    scale = float(first.norm() * second.norm())
+    return torch.equal(first, second) if not scale else float(first @ second) > _RELATED * scale
