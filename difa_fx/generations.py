@@ -289,6 +289,10 @@ class Generations:
         if clock in going and not self._reads[clock.first + (clock.position + 1) // clock.calls]:
             return  # what reads no state cannot read another's
         seen = told.seen()
+        if going == [clock] and (clock.announced or clock.expected is not None) and not clock.ambiguous(told.grid):
+            if clock.inputs.contradicts(seen):
+                raise _untold(told, clock, "none of its conditions are those of the generation that runs")
+            return
         verdicts = {other: other.inputs.judge(seen) for other in going}
         mine = verdicts.get(clock)
         if mine is Verdict.OWN:
@@ -300,8 +304,6 @@ class Generations:
             raise _untold(told, clock, "none of its conditions are those of the generation that runs")
         if clock.ambiguous(told.grid):
             raise _untold(told, clock, "its dtype cannot tell this step's timestep from the last one's")
-        if clock.announced or clock.expected is not None:
-            return
         if seen.latents is None or (mine is Verdict.UNRELATED and seen.conditions):
             raise _untold(told, clock, "the plan has no timesteps, and its latents are not those of the one that runs")
 

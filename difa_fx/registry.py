@@ -269,4 +269,4 @@ def _scheduler_of(told: _Announcement) -> Any:
 
 
 def _announce_late(owner: object) -> bool:
-    return any([_listeners[model]() for model in _models_of(owner, _listeners)])
+    return sum(_listeners[model]() for model in _models_of(owner, _listeners)) > 0  # all of them

@@ -383,7 +383,7 @@ class Runner:
         return False
 
     def _fit_from(self, other: Runner, clock: Clock) -> Callable[[StateKey, Tensor], Tensor] | None:
-        """How a tensor of another runner's state before ``clock``'s call becomes one of this runner's; None if none can."""
+        """How a tensor of another runner's state before ``clock``'s call becomes one of this runner's, if it can."""
         if other._kinds != self._kinds:
             return None
         if other._shapes == self._shapes and other.schedule == self.schedule:

@@ -22,13 +22,13 @@ class Verdict(enum.Enum):
     """What inputs say of a call and a generation."""
 
     OWN = enum.auto()
-    """All conditions are the generation's, and the latents are related to its last ones."""
+    """A condition is the generation's, or there is none, and the latents are related to its last ones."""
     UNRELATED = enum.auto()
     """Conditions do not contradict, but the latents have nothing in common with its last ones."""
     OTHER = enum.auto()
     """There are conditions, and not one is the generation's."""
     UNKNOWN = enum.auto()
-    """Some conditions are the generation's, or there is nothing to compare."""
+    """There is nothing to compare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +61,22 @@ class _Kept:
         """The tensor; None once it was written to."""
         return self.value if self.version < 0 or self.value._version == self.version else None
 
+    def equals(self, value: Tensor) -> bool | None:
+        """Whether ``value`` is the same; None once this was written to."""
+        before = self.now()
+        if before is None or before is value:
+            return None if before is None else True
+        if before.shape != value.shape or before.dtype != value.dtype or before.device != value.device:
+            return False
+        return torch.equal(before, value)
+
 
 @dataclass(slots=True)
 class Witness:
-    """The inputs of a generation so far: its last latents, and those conditions that never changed."""
+    """The inputs of a generation so far: its last latents, and the conditions of its first call.
+
+    They are kept as they are and compared when there is a doubt, so that a call costs nothing and waits for no device.
+    """
 
     _latents: _Kept | None = None
     _conditions: dict[str, _Kept] | None = None
@@ -74,32 +86,23 @@ class Witness:
         self._latents = None if seen.latents is None else _Kept.of(seen.latents)
         if self._conditions is None:
             self._conditions = {name: _Kept.of(value) for name, value in seen.conditions.items()}
-            return
-        for name in list(self._conditions):
-            value = seen.conditions.get(name)
-            if value is None or not _equal(self._conditions[name].now(), value):
-                del self._conditions[name]
+
+    def contradicts(self, seen: Seen) -> bool:
+        """Whether a call has none of the generation's conditions."""
+        kept = self._conditions or {}
+        pairs = [(kept[name], value) for name, value in seen.conditions.items() if name in kept]
+        if not pairs or any(before.value is value for before, value in pairs):
+            return False
+        return not any(before.equals(value) is not False for before, value in pairs)
 
     def judge(self, seen: Seen) -> Verdict:
         """Whether a call belongs to the generation, as far as its inputs tell."""
-        kept = self._conditions or {}
-        alike = [_equal(kept[name].now(), value) for name, value in seen.conditions.items() if name in kept]
         before = None if self._latents is None else self._latents.now()
         if before is None or seen.latents is None or before.shape != seen.latents.shape:
             return Verdict.UNKNOWN
-        if alike and not any(alike):
+        if self.contradicts(seen):
             return Verdict.OTHER
-        if not _related(before, seen.latents):
-            return Verdict.UNRELATED
-        return Verdict.OWN if all(alike) else Verdict.UNKNOWN
-
-
-def _equal(before: Tensor | None, value: Tensor) -> bool:
-    if before is value:
-        return True
-    if before is None or before.shape != value.shape or before.dtype != value.dtype or before.device != value.device:
-        return False
-    return torch.equal(before, value)
+        return Verdict.OWN if _related(before, seen.latents) else Verdict.UNRELATED
 
 
 def _related(before: Tensor, value: Tensor) -> bool:

@@ -27,7 +27,9 @@ TIMES = [999, 799, 599, 399, 199]
 def generations(steps: int, timesteps: list[float] | None = None, method: str = "cached") -> Generations:
     """All generations of a denoiser that nobody compiled."""
     rows = [["full"]] + [[method]] * (steps - 1)
-    return Generations(Plan(sites=["site"], steps=steps, timesteps=timesteps, methods=rows, window=1), lambda _: None)
+    return Generations(
+        Plan(sites=["site"], steps=steps, timesteps=timesteps, methods=rows, window=1, cfg=None), lambda _: None
+    )
 
 
 def ticks(clocks: Generations, times: list[float | None], dtype: torch.dtype | None = None) -> list[int]:
