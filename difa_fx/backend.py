@@ -10,6 +10,7 @@ A graph with symbolic shapes is specialised to each set of sizes it meets; each 
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,7 @@ from difa_fx._torch import (
 )
 from difa_fx.compile import PieceCompiler
 from difa_fx.cuda_graphs import graphs_for
-from difa_fx.errors import DifaError, GradError, GraphError, PlanError, SiteError
+from difa_fx.errors import DifaError, GradError, GraphError, OptionError, PlanError, SiteError
 from difa_fx.options import Options, parse_options
 from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, AttentionSite, find_attention
@@ -103,7 +104,7 @@ class CompiledGraph:
         self._sources = input_sources(gm)
         self._dynamic = not all(isinstance(value, Tensor) for value in example_inputs)
         self._owner = next((i for i, value in enumerate(example_inputs) if is_static_input(value)), None)
-        self._said, self._parsed = dict(options or {}), parsed
+        self._said, self._parsed = _snapshot(options), parsed
         self._breaks = breaks_graph(gm)
         self._compilations = WeakIdKeyDictionary()
         self._first = compilation_for(parsed)
@@ -132,19 +133,33 @@ class CompiledGraph:
         return runner
 
     def _compilation(self, owner: object) -> Compilation:
-        """What a denoiser was compiled under: the options as they were when it was seen first."""
-        if owner is None:
-            return self._first
-        found = self._compilations.get(owner)
+        """What a denoiser was compiled under: the options as they were when it was seen first.
+
+        Raises:
+            OptionError: they were edited since.
+        """
+        edited = dict(self._options or {}) != self._said
+        found = self._first if owner is None else self._compilations.get(owner)  # type: ignore[no-untyped-call]
         if found is None:
-            parsed = (
-                self._parsed if dict(self._options or {}) == self._said else parse_options(self._options, self._mode)
-            )
+            parsed = parse_options(self._options, self._mode) if edited else self._parsed
             found = compilation_for(parsed)
             found.broken |= self._breaks
             self._compilations[owner] = found
+        elif edited and found.options != parse_options(self._options, self._mode):
+            raise OptionError(
+                "the options were edited after this denoiser was compiled with them, and say something else now",
+                where="torch.compile(options=...)",
+                got=", ".join(sorted(str(key) for key in dict(self._options or {}))),
+                allowed="options that stay as they are",
+                todo="give each model a dict of its own; to compile this one anew call torch._dynamo.reset() first",
+            )
         assert isinstance(found, Compilation)
         return found
+
+
+def _snapshot(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What options say now; what they hold may be edited, too."""
+    return {key: copy.deepcopy(value) if isinstance(value, dict) else value for key, value in (options or {}).items()}
 
 
 def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str], compilation: Compilation) -> Runner:

@@ -21,15 +21,16 @@ twice; the clock counts calls then.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from difa_fx.errors import ClockError
+from difa_fx.errors import ClockError, PlanError
 from difa_fx.witness import Witness
 
 ATTACH: Final = "attach the pipeline (difa_fx.attach(pipe, plan)) or call difa_fx.reset(model) before a generation"
+
+_MAX_SHOWN: Final = 6
 
 Grid = Callable[[float], tuple[float, float]]
 """A number as the timestep's dtype has it, and the distance of its neighbours there."""
@@ -55,7 +56,9 @@ class Clock:
         span: steps of the scheduler's training, 1000 as a rule; 0 when unknown.
         announced: whether the generation was announced, by a scheduler or by a reset.
         scheduler: of an attached pipeline.
+        guessed: whether that is no attached pipeline's own, but a copy as it seems.
         inputs: what the generation's inputs were.
+        misfit: why a call that the scheduler expects cannot be a generation's first.
         sessions: what each runner holds of it; they go with the clock.
     """
 
@@ -68,7 +71,9 @@ class Clock:
     generation: int = 0
     span: float = 0.0
     announced: bool = False
-    scheduler: weakref.ref[Any] | None = None
+    scheduler: Callable[[], Any] | None = None
+    guessed: bool = False
+    misfit: PlanError | None = None
     inputs: Witness = field(default_factory=Witness)
     sessions: dict[Any, Any] = field(default_factory=dict, repr=False)
     _scheduled: tuple[float, ...] | None = None
@@ -105,7 +110,7 @@ class Clock:
         """A generation is about to start; ``timesteps`` and ``span`` are its scheduler's."""
         self.position, self.first = -1, first
         self.generation += 1
-        self.announced = announced
+        self.announced, self.misfit = announced, None
         self.inputs = Witness()
         self._seen.clear()
         if timesteps is not None:
@@ -144,8 +149,21 @@ class Clock:
             largest = max(map(abs, way), default=0.0) if self.attached else 0.0
             for step, expected in enumerate(way):
                 if same(timestep, expected, grid, loose, largest):
-                    self.expected = way
-                    return step
+                    return self._placed(way, step)
+        return None
+
+    def _placed(self, way: tuple[float, ...], step: int) -> int | None:
+        """The plan's step for the scheduler's number ``step``; it runs all of the plan's steps, or a last part of them.
+
+        None where the plan is for another number of steps.
+        """
+        if len(way) == self.steps:
+            self.expected = way
+            return step
+        if len(way) - step == self.steps:  # of what is scheduled only a part is run, and the plan is for that
+            self.expected = way[step:]
+            return 0
+        self.misfit = other_steps(self.steps, way, step)
         return None
 
     def tick(self, timestep: float | None, *, grid: Grid = exact) -> int:
@@ -290,6 +308,20 @@ class Clock:
             allowed=f"{self.steps} steps",
             todo=f"run the sampler for {self.steps} steps, or use a plan made for this number",
         )
+
+
+def other_steps(steps: int, timesteps: Sequence[float], first: int = 0) -> PlanError:
+    """The error for a generation of another number of steps than the plan's."""
+    count = len(timesteps) - first
+    head = ", ".join(f"{t:g}" for t in timesteps[first : first + _MAX_SHOWN])
+    return PlanError(
+        "the generation has another number of steps than the plan",
+        where="scheduler.set_timesteps",
+        got=f"{count} calls of the denoiser, at timesteps {head}{', ...' if count > _MAX_SHOWN else ''}"
+        + (f"; {len(timesteps)} are scheduled" if first else ""),
+        allowed=f"{steps}, or the last of {steps} that are scheduled",
+        todo=f"pass num_inference_steps={steps}, or use a plan made for {count} steps",
+    )
 
 
 def same(value: float, expected: float, grid: Grid = exact, loose: bool = False, largest: float = 0.0) -> bool:

@@ -95,8 +95,15 @@ class Generations:
             if not clock.attached:
                 clock.expected = self._known()
 
-    def announce(self, timesteps: Sequence[float], span: float, scheduler: Any) -> None:
-        """This caller's ``scheduler`` was set to ``timesteps``: a generation of its own is about to begin."""
+    def announce(self, timesteps: Sequence[float], span: float, scheduler: Any, *, guessed: bool = False) -> None:
+        """This caller's ``scheduler`` was set to ``timesteps``: a generation of its own is about to begin.
+
+        Args:
+            timesteps: as scheduled.
+            span: the steps of the scheduler's training.
+            scheduler: it.
+            guessed: whether it is no attached pipeline's own, but a copy as it seems.
+        """
         with self._lock:
             self.attached = True
             for line in self._lines.values():
@@ -111,7 +118,7 @@ class Generations:
             mine.clocks[:] = [c for c in mine.clocks if c not in idle]
             mine.clocks.append(clock)
             self._drop(clock)
-            clock.scheduler = weakref.ref(scheduler)
+            clock.scheduler, clock.guessed = reference_to(scheduler), guessed
             clock.begin(timesteps, span)
 
     def release(self) -> None:
@@ -127,6 +134,7 @@ class Generations:
 
         Raises:
             ClockError: it belongs to none, or cannot be told.
+            PlanError: it would begin a generation of another number of steps than the plan.
         """
         with self._lock:
             line = self._line()
@@ -177,6 +185,9 @@ class Generations:
             found = self._unclaimed(line, told)
         if found is not None:
             return found
+        misfit = next((c.misfit for c in reversed(line.clocks) if c.misfit is not None and c.position < 0), None)
+        if misfit is not None:
+            raise misfit
         if line.clocks and line.clocks[-1].expected is not None:
             raise line.clocks[-1].unexpected(told.timestep)
         raise ClockError(
@@ -212,10 +223,10 @@ class Generations:
             return waiting[-1]
         seen = told.seen()
         verdicts = {clock: clock.inputs.judge(seen) for clock in going}
-        own = [clock for clock, verdict in verdicts.items() if verdict is Verdict.OWN]
-        if own:
-            return own[-1]
-        if waiting and Verdict.UNKNOWN not in verdicts.values():
+        own = _own(verdicts, alone=not waiting)
+        if own is not None:
+            return own
+        if waiting and all(verdict is Verdict.OTHER for verdict in verdicts.values()):
             return waiting[-1]
         raise _untold(told, going[-1], "several generations of this thread could go on with it")
 
@@ -295,7 +306,7 @@ class Generations:
             return
         verdicts = {other: other.inputs.judge(seen) for other in going}
         mine = verdicts.get(clock)
-        if mine is Verdict.OWN:
+        if mine is Verdict.OWN or (len(going) > 1 and _own(verdicts) is clock):
             return
         self._refuse_overtaken(verdicts, told)
         if going != [clock]:
@@ -308,7 +319,7 @@ class Generations:
             raise _untold(told, clock, "the plan has no timesteps, and its latents are not those of the one that runs")
 
     def _refuse_overtaken(self, verdicts: Mapping[Clock, Verdict], told: Told) -> None:
-        own = next((other for other, verdict in verdicts.items() if verdict is Verdict.OWN), None)
+        own = _own(verdicts)
         if own is not None:
             raise _overtaken(told, own)
 
@@ -331,6 +342,23 @@ def _overtaken(told: Told, clock: Clock) -> ClockError:
         allowed="one generation after the other in a thread, unless a pipeline is attached",
         todo="attach a pipeline for each, run them in threads of their own, or finish one before the next begins",
     )
+
+
+def _own(verdicts: Mapping[Clock, Verdict], *, alone: bool = True) -> Clock | None:
+    """The generation that inputs say a call belongs to; ``alone``: and to one of these it does."""
+    own = [clock for clock, verdict in verdicts.items() if verdict is Verdict.OWN]
+    if own:
+        return own[-1]
+    possible = [clock for clock, verdict in verdicts.items() if verdict is not Verdict.OTHER]
+    return possible[0] if alone and len(possible) == 1 < len(verdicts) else None
+
+
+def reference_to(value: Any) -> Callable[[], Any]:
+    """A weak reference, or a strong one where there is no weak one."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return lambda: value
 
 
 def _of(clock: Clock, scheduler: Any) -> bool:

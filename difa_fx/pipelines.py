@@ -1,48 +1,68 @@
-"""diffusers pipelines: compile their denoiser under a plan and listen to their scheduler.
+"""diffusers pipelines: compile their denoisers under a plan and listen to their schedulers.
 
 The scheduler knows what a compiled graph cannot: that a generation begins, and which timesteps it will have.
-:func:`attach` hears its ``set_timesteps`` and sets the step clock by it, so that an interrupted generation, another
-number of steps or a second pipeline can never meet old state.
+:func:`attach` hears its ``set_timesteps``, so that an interrupted generation, another number of steps or a second
+pipeline can never meet old state.  There is one attachment a denoiser, for any number of pipelines.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from difa_fx import registry
-from difa_fx.errors import AttachError, OptionError, PlanError
-from difa_fx.options import parse_options
+from difa_fx import hearing, registry
+from difa_fx.clock import other_steps
+from difa_fx.errors import AttachError, OptionError
+from difa_fx.options import Options, parse_options
 from difa_fx.plan import Plan, as_plan
+from difa_fx.session import DENOISERS, module_of
+from difa_fx.unseen import Watched
 
-_DENOISERS = ("transformer", "unet", "denoiser", "model")
-_MAX_SHOWN = 6
+_PARTIAL = ("strength", "denoising_start", "denoising_end")
+"""Arguments of a pipeline's call with which it runs a part of the scheduled steps."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(eq=False)
 class _Attachment:
-    denoiser: nn.Module
-    compiled_before: Any
-    scheduler: Any
-    heard_before: Any
-    compiled_here: bool
+    """A denoiser that attached pipelines use.
+
+    Attributes:
+        before: its compiled call before the first of them came.
+        options: what it was compiled with here; None where it was compiled before.
+        pipes: the pipelines.
+        heard: schedulers whose timesteps were announced.
+    """
+
+    denoiser: weakref.ref[nn.Module]
+    before: Any
+    options: Options | None
+    pipes: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    heard: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that it was attached with."""
+        return None if self.options is None else self.options.plan
 
 
-_attachments: weakref.WeakKeyDictionary[Any, _Attachment] = weakref.WeakKeyDictionary()
+_attachments: weakref.WeakKeyDictionary[nn.Module, _Attachment] = weakref.WeakKeyDictionary()
+_pipes: weakref.WeakKeyDictionary[Any, Mapping[str, Any]] = weakref.WeakKeyDictionary()
+"""Attached pipelines, and what stood in their attributes before."""
 
 
 def attach(pipe: Any, plan: object = None, *, mode: str | None = None, **options: Any) -> Any:
-    """Compile a pipeline's denoiser with ``backend="difa"`` and let its scheduler set the step clock.
+    """Compile a pipeline's denoisers with ``backend="difa"`` and let its scheduler say when a generation begins.
 
-    A denoiser that was compiled with ``backend="difa"`` before stays as it is when no plan is given; only the
-    scheduler is heard then.
+    A denoiser that was compiled with ``backend="difa"`` before, or is attached through another pipeline, stays as it
+    is when no plan is given.  Where a pipeline has several denoisers, each for a part of the steps, the plan is for all
+    steps, and its rows go to the denoiser that runs them.
 
     Args:
         pipe: a diffusers pipeline, or any object with a ``transformer`` or ``unet`` and a ``scheduler`` that has
@@ -55,41 +75,84 @@ def attach(pipe: Any, plan: object = None, *, mode: str | None = None, **options
         ``pipe``.
 
     Raises:
-        AttachError: the object is no pipeline, is attached already, or has its denoiser spread over devices.
-        PlanError: the plan is malformed; later, from ``set_timesteps``, that it has another number of steps.
+        AttachError: the object is no pipeline, is attached already, has its denoiser spread over devices, or shares
+            it with a pipeline that is attached under another plan.
+        PlanError: the plan is malformed; later, from the pipeline, that it has another number of steps.
         OptionError: an option is unknown or wrong.
     """
-    if pipe in _attachments:
+    if pipe in _pipes:
         raise AttachError(
             "this pipeline is attached already",
             where="difa_fx.attach",
             got=type(pipe).__name__,
             todo="call difa_fx.detach(pipe) first",
         )
-    denoiser, scheduler = parts_of(pipe)
-    _refuse_parallel(denoiser)
-    before = denoiser._compiled_call_impl
-    checked: Plan | None = None
-    if plan is not None:
-        checked = as_plan(plan)
-        settings = {"plan": checked, "mode": mode, **options}
-        parse_options(settings)
-        denoiser.compile(backend="difa", options=settings)
-    elif before is None:
+    parts_of(pipe)
+    places = _places(pipe)
+    settings = {"plan": as_plan(plan), "mode": mode, **options} if plan is not None else None
+    asked = None if settings is None else parse_options(settings)
+    for name, found in places.items():
+        _check(name, found, asked)
+    unwrapped = {}
+    for name, found in places.items():
+        denoiser = module_of(found)
+        assert denoiser is not None
+        if asked is not None and found is not denoiser:
+            setattr(pipe, name, denoiser)  # what torch.compile made of it would go round what is compiled here
+            unwrapped[name] = found
+        _attachment(denoiser, asked, settings).pipes.add(pipe)
+        registry.listen(denoiser, partial(_hear_late, weakref.ref(denoiser)))
+    _pipes[pipe] = unwrapped
+    hearing.hear(pipe.scheduler, _hear)
+    return pipe
+
+
+def _places(pipe: Any) -> dict[str, Any]:
+    """A pipeline's denoisers, compiled or not, by attribute."""
+    return {name: found for name in DENOISERS if module_of(found := getattr(pipe, name, None)) is not None}
+
+
+def _check(name: str, found: Any, asked: Options | None) -> None:
+    """Raise AttachError where a denoiser cannot be attached."""
+    denoiser = module_of(found)
+    assert denoiser is not None
+    refuse_parallel(denoiser)
+    known = _attachments.get(denoiser)
+    if asked is not None and known is not None and known.options != asked:
+        raise AttachError(
+            "another pipeline is attached to this denoiser under another plan or other options",
+            where=f"difa_fx.attach, {name}",
+            got=f"{asked.plan}",
+            allowed=f"{known.plan}" if known.plan is not None else "no plan: it was compiled before",
+            todo="detach the other pipeline first, attach this one without a plan, or give it a denoiser of its own",
+        )
+    compiled = found is not denoiser or denoiser._compiled_call_impl is not None or known is not None
+    if asked is None and not compiled:
         raise AttachError(
             "there is no plan, and the denoiser is not compiled",
-            where="difa_fx.attach",
+            where=f"difa_fx.attach, {name}",
             got="plan=None",
             allowed="a plan, or a denoiser compiled with backend='difa'",
             todo="call difa_fx.attach(pipe, plan)",
         )
-    heard_before = vars(scheduler).get("set_timesteps")
-    _attachments[pipe] = _Attachment(denoiser, before, scheduler, heard_before, checked is not None)
-    _listen(scheduler, denoiser, checked)
-    return pipe
 
 
-def _refuse_parallel(denoiser: Any) -> None:
+def _attachment(denoiser: nn.Module, asked: Options | None, settings: Mapping[str, Any] | None) -> _Attachment:
+    """The denoiser's attachment, made and compiled if it is the first."""
+    found = _attachments.get(denoiser)
+    if found is not None:
+        return found
+    made = _Attachment(weakref.ref(denoiser), denoiser._compiled_call_impl, asked)
+    if settings is not None:
+        denoiser.compile(backend="difa", options=dict(settings))
+    if denoiser._compiled_call_impl is not None:
+        strict = asked is None or asked.strict
+        denoiser._compiled_call_impl = Watched(denoiser._compiled_call_impl, denoiser, strict=strict)
+    _attachments[denoiser] = made
+    return made
+
+
+def refuse_parallel(denoiser: Any) -> None:
     """Raise AttachError where diffusers spreads one sample's tokens or heads over devices.
 
     Its hooks stand between the layers then, Dynamo compiles part by part, and the parts cannot tell what they are.
@@ -105,49 +168,52 @@ def _refuse_parallel(denoiser: Any) -> None:
 
 
 def detach(pipe: Any) -> Any:
-    """Undo :func:`attach`: the denoiser as it was before, the scheduler no longer heard, all state dropped.
+    """Undo :func:`attach`: the denoisers as they were before, the scheduler no longer heard, all state dropped.
+
+    What another attached pipeline uses, too, stays as it is until that is detached.
 
     Raises:
         AttachError: the pipeline is not attached.
     """
-    attachment = _attachments.pop(pipe, None)
-    if attachment is None:
+    if pipe not in _pipes:
         raise AttachError(
             "this pipeline is not attached",
             where="difa_fx.detach",
             got=type(pipe).__name__,
             todo="call difa_fx.attach(pipe, plan) first",
         )
-    vars(attachment.scheduler).pop("set_timesteps", None)
-    if attachment.heard_before is not None:
-        attachment.scheduler.set_timesteps = attachment.heard_before
-    registry.release(attachment.denoiser)
-    if attachment.compiled_here:
-        attachment.denoiser._compiled_call_impl = attachment.compiled_before
+    for name, before in _pipes.pop(pipe).items():
+        if getattr(pipe, name, None) is module_of(before):
+            setattr(pipe, name, before)
+    for denoiser, attachment in list(_attachments.items()):
+        attachment.pipes.discard(pipe)
+        if not attachment.pipes:
+            registry.release(denoiser)
+            denoiser._compiled_call_impl = attachment.before
+            del _attachments[denoiser]
+    if not _attachments:
+        hearing.stop()
     return pipe
 
 
 def is_attached(pipe: Any) -> bool:
     """Whether ``pipe`` is attached."""
-    return pipe in _attachments
+    return pipe in _pipes
 
 
 def parts_of(pipe: Any) -> tuple[nn.Module, Any]:
-    """A pipeline's denoiser and scheduler.
+    """A pipeline's denoiser, the first if it has several, and its scheduler.
 
     Raises:
         AttachError: it has none.
     """
-    for name in _DENOISERS:
-        denoiser = getattr(pipe, name, None)
-        if isinstance(denoiser, nn.Module):
-            break
-    else:
+    denoiser = next(map(module_of, _places(pipe).values()), None)
+    if denoiser is None:
         raise AttachError(
             "the pipeline has no denoiser",
             where="difa_fx.attach",
             got=type(pipe).__name__,
-            allowed=f"an attribute {', '.join(_DENOISERS)} that is a module",
+            allowed=f"an attribute {', '.join(DENOISERS)} that is a module",
             todo="compile your module with torch.compile(backend='difa') and call difa_fx.reset before a generation",
         )
     scheduler = getattr(pipe, "scheduler", None)
@@ -162,47 +228,64 @@ def parts_of(pipe: Any) -> tuple[nn.Module, Any]:
     return denoiser, scheduler
 
 
-def _listen(scheduler: Any, denoiser: nn.Module, plan: Plan | None) -> None:
-    """Put an instance attribute before the scheduler's own ``set_timesteps``."""
-    original: Callable[..., Any] = scheduler.set_timesteps
-
-    @functools.wraps(original)
-    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        timesteps = torch.as_tensor(scheduler.timesteps).detach().float().cpu().tolist()
-        for expected in _plans(denoiser, plan):
-            _check_steps(expected, timesteps)
-        registry.begin(denoiser, timesteps, _training_steps(scheduler))
-        return result
-
-    scheduler.set_timesteps = set_timesteps
+def _hear(scheduler: Any) -> None:
+    """A scheduler was set to its timesteps: an attached pipeline's own, a copy of one, or a stranger of its class."""
+    attached = list(_attachments.items())
+    own = [(d, a) for d, a in attached if any(pipe.scheduler is scheduler for pipe in a.pipes)]
+    alike = [(d, a) for d, a in attached if any(type(pipe.scheduler) is type(scheduler) for pipe in a.pipes)]
+    for denoiser, attachment in own or alike:
+        _announce(denoiser, attachment, scheduler, guessed=not own)
 
 
-def _training_steps(scheduler: Any) -> float:
-    """The steps of a scheduler's training; some denoisers are shown timesteps as a share of them.  0 when unknown."""
-    count = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 0)
-    return float(count) if isinstance(count, (int, float)) else 0.0
+def _hear_late(known: weakref.ref[nn.Module]) -> bool:
+    """Announce what took the place of an attached pipeline's scheduler and was set before it was heard."""
+    denoiser = known()
+    attachment = None if denoiser is None else _attachments.get(denoiser)
+    if denoiser is None or attachment is None:
+        return False
+    found = [pipe.scheduler for pipe in attachment.pipes if pipe.scheduler not in attachment.heard]
+    set_already = [scheduler for scheduler in found if hearing.timesteps_of(scheduler)]
+    for scheduler in set_already:
+        hearing.hear(scheduler, _hear)
+        _announce(denoiser, attachment, scheduler)
+    return bool(set_already)
 
 
-def _plans(denoiser: nn.Module, plan: Plan | None) -> Sequence[Plan]:
-    return [plan] if plan is not None else registry.plans(denoiser)
+def _announce(denoiser: nn.Module, attachment: _Attachment, scheduler: Any, *, guessed: bool = False) -> None:
+    timesteps = hearing.timesteps_of(scheduler)
+    if not guessed:
+        _check_pipes(denoiser, attachment, scheduler, timesteps)
+    attachment.heard.add(scheduler)
+    registry.announce(denoiser, timesteps, hearing.training_steps(scheduler), scheduler, guessed=guessed)
 
 
-def _check_steps(plan: Plan, timesteps: Sequence[float]) -> None:
-    """Raise PlanError when a generation would have another number of denoiser calls than the plan."""
-    if len(timesteps) != plan.steps:
-        raise PlanError(
-            "the generation has another number of steps than the plan",
-            where="scheduler.set_timesteps",
-            got=f"{len(timesteps)} calls of the denoiser, at timesteps {_shown(timesteps)}",
-            allowed=f"{plan.steps}",
-            todo=f"pass num_inference_steps={plan.steps}, or use a plan made for {len(timesteps)} steps",
-        )
+def _check_pipes(denoiser: nn.Module, attachment: _Attachment, scheduler: Any, timesteps: list[float]) -> None:
+    """What can be said of a generation before its first call.
+
+    Raises:
+        AttachError: the pipeline has another denoiser than it was attached with.
+        PlanError: it will have another number of steps than the plan.
+    """
+    plans = [attachment.plan] if attachment.plan is not None else registry.plans(denoiser)
+    for pipe in [pipe for pipe in attachment.pipes if pipe.scheduler is scheduler]:
+        used = [module_of(found) for found in _places(pipe).values()]
+        if denoiser not in used or any(module not in _attachments for module in used):
+            raise AttachError(
+                "the pipeline's denoiser was replaced after it was attached, and the new one is not compiled",
+                where=type(pipe).__name__,
+                got=", ".join(type(module).__name__ for module in used) or "none",
+                allowed="the denoisers that it was attached with",
+                todo="call difa_fx.detach(pipe), and difa_fx.attach(pipe, plan) again",
+            )
+        parts = set(_PARTIAL).intersection(_arguments(pipe))
+        for plan in plans:
+            if len(timesteps) != plan.steps and not parts:
+                raise other_steps(plan.steps, timesteps)
 
 
-def _shown(timesteps: Sequence[float]) -> str:
-    head = ", ".join(f"{t:g}" for t in timesteps[:_MAX_SHOWN])
-    return head + (", ..." if len(timesteps) > _MAX_SHOWN else "")
+def _arguments(pipe: Any) -> tuple[str, ...]:
+    """The names of a pipeline's arguments; of an object that cannot be called, all that would change its steps."""
+    return tuple(inspect.signature(pipe).parameters) if callable(pipe) else _PARTIAL
 
 
 def load_denoiser(source: str, *, subfolder: str | None = None, random_weights: bool = False) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import nn
 from difa_fx._torch import WeakIdKeyDictionary
 from difa_fx.callers import Caller, caller
 from difa_fx.clock import Clock
-from difa_fx.generations import Generations, Told
+from difa_fx.generations import Generations, Told, reference_to
 from difa_fx.options import Options
 from difa_fx.plan import Plan
 from difa_fx.runtime import Runner, owners
@@ -112,7 +112,8 @@ class Compilation:
 
     def of(self, owned: Collection[int]) -> Iterator[Generations]:
         """Those of the denoiser with these owners (their ids)."""
-        found = {id(value): value for key, value in list(self._denoisers.items()) if id(key) in owned}
+        pairs = list(self._denoisers.items())  # type: ignore[no-untyped-call]
+        found = {id(value): value for key, value in pairs if id(key) in owned}
         return iter(found.values())
 
 
@@ -131,7 +132,8 @@ class _Announcement:
     who: weakref.ref[Caller]
     timesteps: tuple[float, ...] = ()
     span: float = 0.0
-    scheduler: weakref.ref[Any] | None = None
+    scheduler: Callable[[], Any] | None = None
+    guessed: bool = False
 
 
 def compilation_for(options: Options) -> Compilation:
@@ -156,7 +158,9 @@ def begin(model: nn.Module) -> None:
             generations.begin()
 
 
-def announce(model: nn.Module, timesteps: Sequence[float], span: float, scheduler: Any) -> None:
+def announce(
+    model: nn.Module, timesteps: Sequence[float], span: float, scheduler: Any, *, guessed: bool = False
+) -> None:
     """A scheduler was set for a generation of ``model`` that the caller is about to begin.
 
     Args:
@@ -164,15 +168,16 @@ def announce(model: nn.Module, timesteps: Sequence[float], span: float, schedule
         timesteps: the scheduler's.
         span: the steps of the scheduler's training.
         scheduler: it.
+        guessed: whether it is no attached pipeline's own, but a copy as it seems.
     """
     with _lock:
-        mine = _Announcement(weakref.ref(caller()), tuple(timesteps), span, weakref.ref(scheduler))
+        mine = _Announcement(weakref.ref(caller()), tuple(timesteps), span, reference_to(scheduler), guessed)
         kept = [
             a for a in _announced.get(model, ()) if a.who() is not None and _scheduler_of(a) not in (None, scheduler)
         ]
         _announced[model] = [*kept, mine]
         for generations in _generations(model):
-            generations.announce(timesteps, span, scheduler)
+            generations.announce(timesteps, span, scheduler, guessed=guessed)
 
 
 def listen(model: nn.Module, late: Callable[[], bool]) -> None:
@@ -212,11 +217,6 @@ def plans(model: nn.Module) -> list[Plan]:
 def stats(model: nn.Module) -> tuple[RunnerStats, ...]:
     """What was compiled and done for ``model``: one record a graph and set of shapes."""
     return tuple(runner.stats for runner in runners(model))
-
-
-def calls(model: nn.Module) -> int:
-    """How many calls of graphs with sites ran for ``model``, under any plan."""
-    return sum(runner.calls for runner in runners(model) if runner.attention.sites)
 
 
 def _alive() -> list[Compilation]:
@@ -259,7 +259,7 @@ def _announce_again(owner: object, generations: Generations) -> None:
                 continue
             scheduler = _scheduler_of(told)
             if scheduler is not None:
-                generations.announce(told.timesteps, told.span, scheduler)
+                generations.announce(told.timesteps, told.span, scheduler, guessed=told.guessed)
             elif told.scheduler is None and not generations.attached:
                 generations.begin()
 

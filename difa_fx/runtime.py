@@ -38,6 +38,16 @@ from difa_fx.timestep import TimestepReader, grid_of
 from difa_fx.witness import Seen
 
 
+class _Served(threading.local):
+    """How many calls of graphs with sites this thread made."""
+
+    calls = 0
+
+
+served = _Served()
+"""Whoever calls a denoiser can tell by it whether sites ran."""
+
+
 class ClockSource(Protocol):
     """Where a runner gets the clock of the generation that a call belongs to."""
 
@@ -175,6 +185,8 @@ class Runner:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """One call of the denoiser with the graph's inputs; gives the graph's outputs."""
         self.calls += 1
+        if self._sites:
+            served.calls += 1
         if self._company.broken and not self._sites and self.attention.inputs.timestep is None:
             return self._builder.run_program(self.programs[0], args, {})  # it may come before the timestep is known
         owner = self._owner(args)

@@ -62,13 +62,11 @@ class _Kept:
         return self.value if self.version < 0 or self.value._version == self.version else None
 
     def equals(self, value: Tensor) -> bool | None:
-        """Whether ``value`` is the same; None once this was written to."""
+        """Whether ``value`` is the same; None where that cannot be said, as of another batch."""
         before = self.now()
-        if before is None or before is value:
-            return None if before is None else True
-        if before.shape != value.shape or before.dtype != value.dtype or before.device != value.device:
-            return False
-        return torch.equal(before, value)
+        if before is None or before.shape != value.shape or before.device != value.device:
+            return None
+        return before is value or torch.equal(before, value)
 
 
 @dataclass(slots=True)

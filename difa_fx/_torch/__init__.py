@@ -12,7 +12,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from difa_fx._torch.cpu import build_cpp, cpu_codegen
 from difa_fx._torch.cuda import copy_all, own_cublas_workspace, same_addresses
-from difa_fx._torch.dynamo import apart_from_dynamo, breaks_graph, input_sources, is_static_input, is_wrapped
+from difa_fx._torch.dynamo import (
+    apart_from_dynamo,
+    breaks_graph,
+    compile_limits,
+    input_sources,
+    is_static_input,
+    is_wrapped,
+)
 from difa_fx._torch.flex import flex_band, flex_with_lse
 from difa_fx._torch.inductor import (
     CUDA_GRAPHS,
@@ -56,6 +63,7 @@ __all__ = [
     "build_cpp",
     "cache_folder",
     "compile_inductor",
+    "compile_limits",
     "copy_all",
     "cpu_codegen",
     "deferred_kernels",

@@ -54,3 +54,10 @@ def is_wrapped(value: object) -> bool:
     Wraps ``is_traceable_wrapper_subclass``.
     """
     return is_traceable_wrapper_subclass(value)
+
+
+def compile_limits() -> tuple[int, bool]:
+    """How often Dynamo compiles one function anew, and whether it hides its errors.  Reads ``torch._dynamo.config``."""
+    from torch._dynamo import config
+
+    return int(config.recompile_limit), bool(config.suppress_errors)
