@@ -47,7 +47,7 @@ from difa_fx.passes.partition import partition
 from difa_fx.passes.rewrite import RewriteSettings, check_possible
 from difa_fx.passes.window_attention import fitted
 from difa_fx.plan import Method, Plan
-from difa_fx.registry import Compilation, compilation_for
+from difa_fx.registry import Compilation, compilation_for, forget
 from difa_fx.runtime import Runner
 from difa_fx.schedule import make_schedule
 
@@ -83,6 +83,9 @@ def difa(
         return CompiledGraph(gm, example_inputs, options, parsed, mode)
     except DifaError as error:
         return _raiser(error)
+
+
+difa.reset = forget  # type: ignore[attr-defined]  # torch._dynamo.reset calls it
 
 
 class CompiledGraph:

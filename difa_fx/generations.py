@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from difa_fx.callers import Caller, caller
@@ -141,7 +141,7 @@ class Generations:
             clock = (self._scheduled if self.attached else self._unattended)(line, told)
             line.clocks.remove(clock)
             line.clocks.append(clock)
-            clock.inputs.note(told.seen())
+            clock.inputs.note(replace(told.seen(), branch=clock.position % clock.calls))
             if clock.position == clock.count - 1:
                 line.cut.clear()
                 if not clock.attached and not clock.first and clock.expected is None and told.timestep is not None:
@@ -222,7 +222,7 @@ class Generations:
         if not going:
             return waiting[-1]
         seen = told.seen()
-        verdicts = {clock: clock.inputs.judge(seen) for clock in going}
+        verdicts = {clock: _judged(clock, seen) for clock in going}
         own = _own(verdicts, alone=not waiting)
         if own is not None:
             return own
@@ -287,7 +287,7 @@ class Generations:
         if clock in going and clock.announced and not clock.ambiguous(told.grid):
             return True
         seen = told.seen()
-        verdicts = {other: other.inputs.judge(seen) for other in going}
+        verdicts = {other: _judged(other, seen) for other in going}
         if verdicts.get(clock) is Verdict.OWN:
             return True
         self._refuse_overtaken(verdicts, told)
@@ -301,10 +301,10 @@ class Generations:
             return  # what reads no state cannot read another's
         seen = told.seen()
         if going == [clock] and (clock.announced or clock.expected is not None) and not clock.ambiguous(told.grid):
-            if clock.inputs.contradicts(seen):
+            if clock.inputs.contradicts(_as_next(clock, seen)):
                 raise _untold(told, clock, "none of its conditions are those of the generation that runs")
             return
-        verdicts = {other: other.inputs.judge(seen) for other in going}
+        verdicts = {other: _judged(other, seen) for other in going}
         mine = verdicts.get(clock)
         if mine is Verdict.OWN or (len(going) > 1 and _own(verdicts) is clock):
             return
@@ -351,6 +351,14 @@ def _own(verdicts: Mapping[Clock, Verdict], *, alone: bool = True) -> Clock | No
         return own[-1]
     possible = [clock for clock, verdict in verdicts.items() if verdict is not Verdict.OTHER]
     return possible[0] if alone and len(possible) == 1 < len(verdicts) else None
+
+
+def _as_next(clock: Clock, seen: Seen) -> Seen:
+    return replace(seen, branch=(clock.position + 1) % clock.calls)
+
+
+def _judged(clock: Clock, seen: Seen) -> Verdict:
+    return clock.inputs.judge(_as_next(clock, seen))
 
 
 def reference_to(value: Any) -> Callable[[], Any]:

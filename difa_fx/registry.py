@@ -149,6 +149,12 @@ def compilation_for(options: Options) -> Compilation:
         return made
 
 
+def forget() -> None:
+    """Dynamo drops all that it compiled: what is compiled from now on has nothing to do with it."""
+    with _lock:
+        _compilations.clear()
+
+
 def begin(model: nn.Module) -> None:
     """The caller's next call of ``model`` begins a generation, under whatever plan it is."""
     with _lock:
@@ -202,7 +208,7 @@ def runners(model: nn.Module) -> list[Runner]:
     owned = _owned(model)
     found = []
     for compilation in _alive():
-        mine = any(True for _ in compilation.of(owned)) or not compilation.denoisers
+        mine = all(id(owner) in owned for owner in list(compilation.denoisers))
         found += [runner for runner in compilation.runners if runner.serves(owned, ownerless=mine)]
     return found
 

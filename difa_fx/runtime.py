@@ -180,14 +180,14 @@ class Runner:
         self._own: dict[tuple[int, int], tuple[int, ...]] = {}
         self._later, self._parts = later, dict[int, tuple[Schedule, tuple[Program, ...]]]()
         self.calls = 0
-        self.programs = self._compiled(schedule)
+        self._programs: tuple[Program, ...] | None = None
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """One call of the denoiser with the graph's inputs; gives the graph's outputs."""
-        self.calls += 1
         if self._sites:
             served.calls += 1
         if self._company.broken and not self._sites and self.attention.inputs.timestep is None:
+            self._note(self._owner(args))
             return self._builder.run_program(self.programs[0], args, {})  # it may come before the timestep is known
         owner = self._owner(args)
         reading = self._timestep.begin(args)
@@ -196,11 +196,13 @@ class Runner:
         try:
             clock = self._clock(owner, args, reading())
             runner = self._serving(clock)
+            runner._note(owner)
             session = runner._session(clock)
             if begun is not None and begun is not session:
                 begun.abandon()  # its graph wrote over what it held
             runner._begin(session, args)
         except (ClockError, CFGError) as error:
+            self._note(owner, calls=0)
             self._clocks.abandon(owner)
             if session is not None:
                 session.abandon()
@@ -217,6 +219,26 @@ class Runner:
         """Whether it served a denoiser with one of these parameters (their ids), or perhaps one without any."""
         served = (id(owner) in owners for owner in self._served)
         return any(served) or (self._served_ownerless and ownerless)
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """A program a call of a whole generation; its pieces are compiled when they are first asked for."""
+        if self._programs is None:
+            with self._lock:
+                self._programs = self._programs or self._compiled(self.schedule)
+        return self._programs
+
+    @programs.setter
+    def programs(self, programs: tuple[Program, ...]) -> None:
+        self._programs = programs
+
+    def _note(self, owner: object, calls: int = 1) -> None:
+        """It serves the denoiser with ``owner``."""
+        self.calls += calls
+        if owner is None:
+            self._served_ownerless = True
+        else:
+            self._served[owner] = True
 
     def drop(self, clock: Clock) -> None:
         """Free the state that ``clock``'s generation left."""
@@ -299,10 +321,6 @@ class Runner:
         Where Dynamo broke the denoiser into several graphs, the one that reads the timestep moves the clock and the
         others follow.
         """
-        if owner is None:
-            self._served_ownerless = True
-        else:
-            self._served[owner] = True
         told = Told(timestep, self._grid, lambda: self._seen(args))
         if not self._company.broken:
             return self._clocks.tick(owner, told)
@@ -418,7 +436,7 @@ class Runner:
     def _check_halves(self, session: Session, args: Sequence[Any]) -> None:
         """A CFG batch holds the same latents twice; anything else must not share a half.
 
-        They are compared where a half is shared.  On CUDA the answer is read when the next call's timestep is there,
+        They are compared at the first call, so that a fault is told early, and wherever a half is shared.  On CUDA the answer is read when the next call's timestep is there,
         or at the last call, so that the device need not be waited for.
         """
         before, session.unequal = session.unequal, None
@@ -426,7 +444,8 @@ class Runner:
             raise _unequal_halves()
         schedule, _ = self._part(session.clock.first)
         call = session.clock.position
-        if schedule.calls_per_step != 1 or not _shares(schedule.rows[call]):
+        rows = schedule.rows if call == 0 else schedule.rows[call : call + 1]
+        if schedule.calls_per_step != 1 or not any(map(_shares, rows)):
             return
         for position in self.attention.inputs.samples:
             first, second = args[position].chunk(2)
@@ -442,7 +461,6 @@ class Runner:
     def _run(self, args: Sequence[Any], session: Session, ahead: Launched | None) -> tuple[Any, ...]:
         clock = session.clock
         _, programs = self._part(clock.first)
-        programs = self.programs if not clock.first else programs
         if session.graphs is None or clock.first:
             outputs = self._builder.run_program(programs[clock.position], args, session.state)
             outputs = self._apart(outputs, session.state, (clock.first, clock.position))

@@ -38,10 +38,12 @@ class Seen:
     Attributes:
         latents: the noisy sample [B, ...]; None where it is not known.
         conditions: all other tensors but the timestep and the weights, by name.
+        branch: which of a step's calls it is; each half of guidance has conditions of its own.
     """
 
     latents: Tensor | None = None
     conditions: Mapping[str, Tensor] = field(default_factory=dict)
+    branch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +73,23 @@ class _Kept:
 
 @dataclass(slots=True)
 class Witness:
-    """The inputs of a generation so far: its last latents, and the conditions of its first call.
+    """The inputs of a generation so far: its last latents, and the conditions of its first step's calls.
 
     They are kept as they are and compared when there is a doubt, so that a call costs nothing and waits for no device.
     """
 
     _latents: _Kept | None = None
-    _conditions: dict[str, _Kept] | None = None
+    _conditions: dict[int, dict[str, _Kept]] = field(default_factory=dict)
 
     def note(self, seen: Seen) -> None:
         """Remember a call of the generation."""
         self._latents = None if seen.latents is None else _Kept.of(seen.latents)
-        if self._conditions is None:
-            self._conditions = {name: _Kept.of(value) for name, value in seen.conditions.items()}
+        if seen.branch not in self._conditions:
+            self._conditions[seen.branch] = {name: _Kept.of(value) for name, value in seen.conditions.items()}
 
     def contradicts(self, seen: Seen) -> bool:
         """Whether a call has none of the generation's conditions."""
-        kept = self._conditions or {}
+        kept = self._conditions.get(seen.branch, {})
         pairs = [(kept[name], value) for name, value in seen.conditions.items() if name in kept]
         if not pairs or any(before.value is value for before, value in pairs):
             return False

@@ -71,9 +71,16 @@ _MOVING: Final = re.compile(r"hidden_states|sample|.*latents|x|img|z|t|timesteps
 
 
 def _with_conditions_of(first: Call, call: Call) -> Call:
-    """``call`` with the conditions of another: all but the latents and the timestep, which come first."""
-    args = (*call[0][:2], *first[0][2:])
-    return args, {name: v if _MOVING.fullmatch(name) else first[1][name] for name, v in call[1].items()}
+    """``call`` with the conditions of another: all but the latents, what is like them, and the timestep."""
+    args = [own if index < 2 or _moves(own, call[0][0]) else first[0][index] for index, own in enumerate(call[0])]
+    return tuple(args), {name: v if _MOVING.fullmatch(name) else first[1][name] for name, v in call[1].items()}
+
+
+def _moves(value: Any, latents: Any) -> bool:
+    """Whether a positional argument is one more sample, or the time."""
+    if not isinstance(value, Tensor) or value.shape == latents.shape:
+        return True
+    return value.ndim <= 1 and bool((value == value.flatten()[0]).all())
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,10 +236,10 @@ def test_a_call_is_begun_before_its_timestep_is_known_and_is_right_when_it_was_n
     monkeypatch.setattr(type(graphs), "launch", lambda _, call, args: noted(call, args))
     calls = found.generation(plan.steps, seed=3)
     agree([tensor_of(model(*args, **kwargs)) for args, kwargs in calls[:4]], found, plan, calls[:4])
-    assert launched == [10, 1, 2, 3]  # after a whole generation nobody knows whether it goes on
+    assert launched == [1, 2, 3]  # after a whole generation none goes on
     calls = found.generation(plan.steps, seed=4)
     agree([tensor_of(model(*args, **kwargs)) for args, kwargs in calls], found, plan, calls)
-    assert launched[4:] == [4, *range(1, 10)]
+    assert launched[3:] == [4, *range(1, 10)]
     model(*calls[0][0], **calls[0][1])
     with pytest.raises(ClockError):
         model(*calls[5][0], **calls[5][1])

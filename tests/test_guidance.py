@@ -113,6 +113,7 @@ def test_state_of_two_calls_is_what_the_schedule_predicts() -> None:
     found = dit()
     model = compiled(found, make_plan(found, ROWS, cfg="cond_call_first"), "eager")
     held = []
+    difa_fx.reset(model)
     for pair in halves(found, len(ROWS)):
         for args, kwargs in pair:
             model(*args, **kwargs)
@@ -185,6 +186,7 @@ def test_state_of_another_dtype_is_not_taken_over() -> None:
     found.model.to(torch.bfloat16)
     model = compiled(found, make_plan(found, ["full", "cached"]), "eager")
     (first, kwargs), (second, later) = found.generation(2)
+    difa_fx.reset(model)
     model(first[0].bfloat16(), **kwargs)
     found.model.to(torch.float16)
     with pytest.raises(ClockError, match="no state to go on with"):
