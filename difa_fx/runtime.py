@@ -225,7 +225,8 @@ class Runner:
         """A program a call of a whole generation; its pieces are compiled when they are first asked for."""
         if self._programs is None:
             with self._lock:
-                self._programs = self._programs or self._compiled(self.schedule)
+                if self._programs is None:  # no other thread has compiled them meanwhile
+                    self._programs = self._compiled(self.schedule)
         return self._programs
 
     @programs.setter
@@ -436,8 +437,9 @@ class Runner:
     def _check_halves(self, session: Session, args: Sequence[Any]) -> None:
         """A CFG batch holds the same latents twice; anything else must not share a half.
 
-        They are compared at the first call, so that a fault is told early, and wherever a half is shared.  On CUDA the answer is read when the next call's timestep is there,
-        or at the last call, so that the device need not be waited for.
+        They are compared at the first call, so that a fault is told early, and wherever a half is shared.  On CUDA the
+        answer is read when the next call's timestep is there, or at the last call, so that the device need not be
+        waited for.
         """
         before, session.unequal = session.unequal, None
         if before is not None and bool(before):
