@@ -28,6 +28,7 @@ class AttentionCall:
         mask: the model's own, bool or additive, or None.
         scale: of the scores; None stands for 1 / sqrt(D).
         refused: why it cannot be cut to a window; empty when it can.
+        refused_halves: why one half of its batch cannot be taken; empty when it can.
     """
 
     q: fx.Node
@@ -39,6 +40,7 @@ class AttentionCall:
     mask: fx.Node | None = None
     scale: float | None = None
     refused: str = ""
+    refused_halves: str = ""
 
     @property
     def node(self) -> fx.Node:

@@ -107,6 +107,9 @@ def _site_of(call: AttentionCall | UnreadCall, search: Search) -> AttentionSite 
         axes = _follow_region(sources, outputs, region, search)
     except LostBatchError as error:
         refused[Method.FULL_CFG] = refused[Method.WINDOW_CFG] = str(error)
+    if call.refused_halves:
+        refused.setdefault(Method.FULL_CFG, call.refused_halves)
+        refused.setdefault(Method.WINDOW_CFG, call.refused_halves)
     flops = sum(map(projection_flops, region))
     return AttentionSite(path, kind, call, sources, outputs, region, axes, text or (0, 0), refused, flops)
 

@@ -2,13 +2,15 @@
 
 Read from the operator's own schema: it takes queries, keys and values by these names and gives something of the
 queries' shape.  What else it was asked to do - a causal mask, a window, slopes - decides what a plan may make of it.
+Nothing is guessed: the order of the axes is said by an argument, documented by the library, or followed from the
+projection (:mod:`difa_fx.passes.head_axes`), and a tensor argument that is not understood refuses windows and halves.
 
 Letters: B batch, H heads, N tokens, D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,14 +18,15 @@ from torch import fx
 
 from difa_fx.passes.attention_call import AttentionCall, Layout
 from difa_fx.passes.graph_tools import arg, shape_of, tensor_of
-
-aten = torch.ops.aten
+from difa_fx.passes.head_axes import head_axis
 
 _QUERY, _KEY, _VALUE = ("q", "query", "queries"), ("k", "key", "keys"), ("v", "value", "values")
 _SCALE = ("scale", "softmax_scale", "sm_scale")
 _MASK = ("attn_mask", "attn_bias", "bias", "mask", "attention_mask")
 _CAUSAL = ("is_causal", "causal")
 _DROPOUT = ("dropout_p", "p", "dropout")
+_LIBRARIES = ("flash_attn", "xformers", "aiter", "fa3", "hopper")
+"""Beginnings of namespaces whose operators take [B, N, H, D], as their documentation says."""
 _TOKENS_FIRST = ("NHD", "BSHD", "BNHD", "BMHK")
 _HEADS_FIRST = ("HND", "BHSD", "BHND")
 
@@ -48,7 +51,8 @@ def opaque_attention(node: fx.Node) -> AttentionCall | None:
         (result,) = firsts
     if shape_of(result)[:-1] != shape_of(q)[:-1]:
         return None
-    layout, refused = _opaque_layout(node, q, k)
+    layout, refused = _opaque_layout(node, q)
+    unknown = _not_understood(node, (q, k, v))
     mask, scale = _named(node, _MASK), _named(node, _SCALE)
     return AttentionCall(
         q,
@@ -58,19 +62,40 @@ def opaque_attention(node: fx.Node) -> AttentionCall | None:
         layout,
         mask=mask if isinstance(mask, fx.Node) else None,
         scale=scale if isinstance(scale, (int, float)) else None,
-        refused=refused or _opaque_refusal(node),
+        refused=refused or unknown or _opaque_refusal(node),
+        refused_halves=unknown,
     )
+
+
+def _not_understood(node: fx.Node, known: tuple[fx.Node, ...]) -> str:
+    """The tensor arguments beside queries, keys, values and mask: what they ask for is not known."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    named = {argument.name: arg(node, argument.name) for argument in schema.arguments}
+    found = [
+        name
+        for name, value in named.items()
+        if name.lower() not in _MASK and any(n not in known and tensor_of(n) is not None for n in _nodes(value))
+    ]
+    return f"it takes {', '.join(found)}, and what that asks for is not known" if found else ""
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(value, found.append)
+    return found
 
 
 def _opaque_refusal(node: fx.Node) -> str:
     """What an operator was asked to do beyond plain attention."""
-    sides = [_named(node, (side,)) for side in ("window_size_left", "window_size_right")]
+    names = ("window_size_left", "window_size_right", "window_left", "window_right", "window_size", "window")
+    given = [_named(node, (name,)) for name in names]
+    sides = [side for value in given for side in (value if isinstance(value, (list, tuple)) else (value,))]
+    softcap = _named(node, ("softcap", "logits_soft_cap", "logit_softcapping"))
     reasons = {
         "it is causal": bool(_named(node, _CAUSAL)),
         "it has dropout": bool(_named(node, _DROPOUT)),
         "it has a window of its own": any(side not in (None, -1) for side in sides),
-        "it changes the scores in a way of its own": _named(node, ("alibi_slopes",)) is not None
-        or bool(_named(node, ("softcap",))),
+        "it changes the scores in a way of its own": _named(node, ("alibi_slopes",)) is not None or bool(softcap),
         "its mask is no tensor": not isinstance(_named(node, _MASK), fx.Node | None),
         "its scale is no constant": not isinstance(_named(node, _SCALE), int | float | None),
     }
@@ -84,24 +109,24 @@ def _named(node: fx.Node, names: Iterable[str]) -> Any:
     return next((arg(node, known[name]) for name in names if name in known), None)
 
 
-def _opaque_layout(node: fx.Node, q: fx.Node, k: fx.Node) -> tuple[Layout, str]:
-    """Which axis has the tokens: said by an argument, else told by how the queries were made."""
-    if len(shape_of(q)) != 4:
-        return "BND", "" if len(shape_of(q)) == 3 else f"its queries have {len(shape_of(q))} axes"
+def _opaque_layout(node: fx.Node, q: fx.Node) -> tuple[Layout, str]:
+    """Which axis has the tokens, and why that is not known where it is not."""
+    axes, namespace = len(shape_of(q)), str(node.target.namespace)  # type: ignore[union-attr]
+    library = namespace.startswith(_LIBRARIES)
+    if axes == 4:
+        return _four_axes(node, q, library=library)
+    if axes == 3 and (not library or namespace.startswith("xformers")):
+        return "BND", ""
+    return "BND", f"its queries have {axes} axes" + (", with all samples in one row" if axes == 3 else "")
+
+
+def _four_axes(node: fx.Node, q: fx.Node, *, library: bool) -> tuple[Layout, str]:
     said = str(_named(node, ("tensor_layout", "layout", "qkv_format")) or "").upper()
-    if said in _TOKENS_FIRST:
+    if said in _TOKENS_FIRST or (library and not said):
         return "BNHD", ""
     if said in _HEADS_FIRST:
         return "BHND", ""
-    if shape_of(q)[1] != shape_of(k)[1] and shape_of(q)[2] == shape_of(k)[2]:
-        return "BNHD", ""
-    swapped = any(n.target in (aten.transpose.int, aten.permute.default) for n in _until_projection(q))
-    return ("BHND" if swapped else "BNHD"), ""
-
-
-def _until_projection(start: fx.Node) -> Iterator[fx.Node]:
-    """Nodes above ``start`` that only move or scale it."""
-    node = start
-    while node.op == "call_function" and node.target is not aten.linear.default and node.all_input_nodes:
-        yield node
-        node = node.all_input_nodes[0]
+    followed = None if said else head_axis(q)
+    if followed is None:
+        return "BHND", f"which of its axes has the tokens is not known{f': its layout is {said}' if said else ''}"
+    return ("BHND" if followed == 1 else "BNHD"), ""
