@@ -27,12 +27,12 @@ from difa_fx._torch import (
     WeakIdKeyDictionary,
     apart_from_dynamo,
     breaks_graph,
+    compile_aot_eager,
     compile_inductor,
     cpu_codegen,
     input_sources,
     is_static_input,
     is_wrapped,
-    trace_aten,
     uses_cuda_graphs,
 )
 from difa_fx.compile import PieceCompiler
@@ -296,7 +296,7 @@ def _without_plan(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -
     if options.compiler == "eager":
         return gm
     if options.compiler == "aot_eager":
-        return trace_aten(gm, inputs)
+        return compile_aot_eager(gm, inputs)
     return compile_inductor(gm, inputs, options.inductor)
 
 

@@ -19,6 +19,7 @@ from difa_fx._torch import export_functional, fake_inputs, is_static_input, new_
 from difa_fx.errors import GraphError
 from difa_fx.passes.autocast import spell_out_autocast, without_autocast
 from difa_fx.passes.graph_tools import arg, evaluate, is_write, output_values, placeholders, remove_dead, takes_tensors
+from difa_fx.passes.inline import inline_bodies
 from difa_fx.passes.retrace import retrace
 
 aten = torch.ops.aten
@@ -26,6 +27,8 @@ aten = torch.ops.aten
 _ASSERTIONS = {aten._assert_tensor_metadata.default, aten._assert_async.msg}
 
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
+
+_MOVES = {aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist, aten.swapaxes.default}
 
 _CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
 
@@ -74,7 +77,7 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
         fakes = fake_inputs(inputs, new_fake_mode())
     if not takes_tensors(fakes):
         raise GraphError("the graph has no tensor input", where="canonicalize")
-    exported, written = _exported(gm, fakes)
+    exported, written = _exported(inline_bodies(gm), fakes)
     owned = len(placeholders(exported.graph)) - len(fakes)
     static = [True] * owned + [is_static_input(value) for value in inputs]
     positions = [i for name in written for i, node in enumerate(placeholders(exported.graph)) if node.name == name]
@@ -95,6 +98,8 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
         elif node.target in _VIEWS:
             # The same on what is here, and still right when a rewrite gives its input another layout.
             node.target = aten.reshape.default
+        elif node.target in _MOVES:
+            node.target, node.args, node.kwargs = aten.permute.default, (node.args[0], _order(node)), {}
     _fold_noops(graph)
     with without_autocast():
         _unfold_linears(graph)
@@ -107,6 +112,20 @@ def canonicalize(gm: fx.GraphModule, inputs: Sequence[Any], *, sources: Sequence
         static=tuple(static),
         written=tuple(position - owned for position in positions),
     )
+
+
+def _order(node: fx.Node) -> list[int]:
+    """The permutation that a ``movedim`` is."""
+    count = len(node.meta["val"].shape)
+    given = [
+        arg(node, name) for name in (("axis0", "axis1") if "swap" in str(node.target) else ("source", "destination"))
+    ]
+    sources, targets = ([d % count for d in (v if isinstance(v, (list, tuple)) else [v])] for v in given)
+    if node.target is aten.swapaxes.default:
+        sources, targets = [*sources, *targets], [*targets, *sources]
+    order = dict(zip(targets, sources, strict=True))
+    rest = iter(d for d in range(count) if d not in sources)
+    return [order[place] if place in order else next(rest) for place in range(count)]
 
 
 def _exported(gm: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, list[str]]:

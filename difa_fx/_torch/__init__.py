@@ -15,6 +15,7 @@ from difa_fx._torch.cuda import copy_all, own_cublas_workspace, same_addresses
 from difa_fx._torch.dynamo import (
     apart_from_dynamo,
     breaks_graph,
+    compile_aot_eager,
     compile_limits,
     input_sources,
     is_static_input,
@@ -62,6 +63,7 @@ __all__ = [
     "breaks_graph",
     "build_cpp",
     "cache_folder",
+    "compile_aot_eager",
     "compile_inductor",
     "compile_limits",
     "copy_all",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.fx
@@ -61,3 +63,10 @@ def compile_limits() -> tuple[int, bool]:
     from torch._dynamo import config
 
     return int(config.recompile_limit), bool(config.suppress_errors)
+
+
+def compile_aot_eager(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """``gm`` as ``backend="aot_eager"`` runs it.  Wraps ``lookup_backend``."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend("aot_eager")(gm, list(inputs))  # type: ignore[no-any-return]
