@@ -32,12 +32,12 @@ from difa_fx._torch import (
     cpu_codegen,
     input_sources,
     is_static_input,
-    is_wrapped,
     uses_cuda_graphs,
 )
+from difa_fx.boundary import refuse_collectives, refuse_wrapped, unforeseen_is_typed
 from difa_fx.compile import PieceCompiler
 from difa_fx.cuda_graphs import graphs_for
-from difa_fx.errors import DifaError, GradError, GraphError, OptionError, PlanError, SiteError
+from difa_fx.errors import DifaError, GradError, OptionError, PlanError, SiteError
 from difa_fx.options import Options, parse_options
 from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, AttentionSite, find_attention
@@ -75,7 +75,8 @@ def difa(
         if parsed.plan is None:
             return _without_plan(gm, example_inputs, parsed)
         _refuse_gradients(example_inputs)
-        _refuse_wrapped(gm, example_inputs)
+        refuse_wrapped(gm, example_inputs)
+        refuse_collectives(gm)
         if parsed.compiler == "inductor" and any(_on_cpu(value) for value in example_inputs):
             cpu_codegen()
         if not takes_tensors(example_inputs):
@@ -129,7 +130,7 @@ class CompiledGraph:
         key = (id(compilation), _sizes(args) if self._dynamic else None)
         runner = self._runners.get(key)
         if runner is None:
-            with self._lock, apart_from_dynamo():
+            with self._lock, apart_from_dynamo(), unforeseen_is_typed("compilation of the denoiser"):
                 if key not in self._runners:
                     self._runners[key] = make_runner(self._gm, args, self._sources, compilation)
                 runner = self._runners[key]
@@ -309,20 +310,6 @@ def _refuse_gradients(inputs: Sequence[Any]) -> None:
             got=f"{wanting} inputs or parameters that require gradients",
             allowed="torch.no_grad() or torch.inference_mode() around the call",
             todo="call the compiled denoiser under torch.no_grad(), or model.requires_grad_(False)",
-        )
-
-
-def _refuse_wrapped(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Raise GraphError on weights that stand for other tensors: what a rewrite would make of them is not known."""
-    wrapped = {name: value for name, value in zip(input_sources(gm), inputs, strict=True) if is_wrapped(value)}
-    if wrapped:
-        name, value = next(iter(wrapped.items()))
-        raise GraphError(
-            "weights are spread over devices or quantized by a tensor subclass, and a plan cannot rewrite through that",
-            where=f"{name} and {len(wrapped) - 1} others",
-            got=type(value).__name__,
-            allowed="plain tensors; several devices can share the prompts, each with the whole denoiser",
-            todo="compile the denoiser without tensor parallel and without quantized weights, or without a plan",
         )
 
 

@@ -12,7 +12,9 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from difa_fx._torch import apart_from_dynamo, input_sources
+from difa_fx.boundary import refuse_wrapped, unforeseen_is_typed
 from difa_fx.cost import site_flops
+from difa_fx.errors import DifaError
 from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, find_attention
 from difa_fx.passes.graph_tools import placeholders, takes_tensors
@@ -90,22 +92,42 @@ def inspect(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
         model: the denoiser.
         args: its positional inputs.
         kwargs: its keyword inputs.
+
+    Raises:
+        GraphError: a graph holds what difa_fx cannot read.
     """
     reports: list[GraphReport] = []
 
+    faults: list[DifaError] = []
+
     def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        with apart_from_dynamo():
-            reports.append(report(gm, inputs))
+        try:
+            with apart_from_dynamo():
+                reports.append(report(gm, inputs))
+        except DifaError as error:  # raised here, Dynamo would wrap it
+            faults.append(error)
         return gm.forward
 
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(model, backend=capture, dynamic=False)(*args, **kwargs)
+    if faults:
+        raise faults[0]
     return tuple(reports)
 
 
 def report(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphReport:
-    """What is found in one of Dynamo's graphs; ``inputs`` has a value for each placeholder."""
+    """What is found in one of Dynamo's graphs; ``inputs`` has a value for each placeholder.
+
+    Raises:
+        GraphError: it holds what difa_fx cannot read.
+    """
+    refuse_wrapped(gm, inputs)
+    with unforeseen_is_typed("inspect"):
+        return _report(gm, inputs)
+
+
+def _report(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphReport:
     if not takes_tensors(inputs):
         return GraphReport((), (), 0, 0, 0, None, None)
     canonical = canonicalize(gm, inputs, sources=input_sources(gm))

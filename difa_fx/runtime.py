@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from difa_fx._torch import WeakIdKeyDictionary
 from difa_fx.attention import cfg_half
+from difa_fx.boundary import unforeseen_is_typed
 from difa_fx.clock import Clock
 from difa_fx.compile import PieceCompiler
 from difa_fx.cost import SiteShape
@@ -273,8 +274,9 @@ class Runner:
 
     def _compiled(self, schedule: Schedule) -> tuple[Program, ...]:
         rows = [schedule.row(call) for call in range(schedule.calls)]
-        self._builder.compile_rows(rows)
-        return tuple(self._builder.program(row) for row in rows)
+        with unforeseen_is_typed("compilation of the denoiser's pieces"):
+            self._builder.compile_rows(rows)
+            return tuple(self._builder.program(row) for row in rows)
 
     def _part(self, first: int) -> tuple[Schedule, tuple[Program, ...]]:
         """What a generation runs that begins at the plan's step ``first``."""

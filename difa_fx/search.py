@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from difa_fx._torch import apart_from_dynamo, compile_inductor, input_sources
+from difa_fx.boundary import refuse_wrapped, unforeseen_is_typed
 from difa_fx.clock import Clock
 from difa_fx.compile import PieceCompiler
 from difa_fx.cost import SiteShape
@@ -258,7 +259,8 @@ class Backend:
 
         def serve(*args: Any) -> Any:
             if not own:
-                with apart_from_dynamo():
+                refuse_wrapped(gm, args)
+                with apart_from_dynamo(), unforeseen_is_typed("calibrate"):
                     own.append(self._graph(gm, args, sources))
             graph = own[0]
             return self._serve(graph, args) if isinstance(graph, SearchGraph) else graph(*args)

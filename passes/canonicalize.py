@@ -146,7 +146,8 @@ def _refuse_unknown_sizes(graph: fx.Graph) -> None:
                 where=f"{node.name} ({node.target})",
                 got=f"shape {tuple(value.shape)}",
                 allowed="sizes that follow from those of the inputs",
-                todo="let the denoiser mask tokens instead of dropping them, or give it samples without padding; "
+                todo="let the denoiser mask tokens instead of dropping them, or give it samples without padding; make "
+                "sizes that modules keep as numbers of numpy int(...); "
                 "with torch._dynamo.config.capture_dynamic_output_shape_ops and capture_scalar_outputs off, which "
                 "they are by default, Dynamo breaks the graph there",
             )

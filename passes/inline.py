@@ -61,7 +61,7 @@ def _is_body(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _body(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
     """The graph that ``node`` calls, if that is all that it does."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _CALLS_ITS_BODY:
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.__name__ not in _CALLS_ITS_BODY:
         return None
     first = node.args[0] if node.args else None
     if not isinstance(first, fx.Node) or first.op != "get_attr":

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from difa_fx import attention
 from difa_fx._torch import FakeTensor, propagate
-from difa_fx.errors import SiteError
+from difa_fx.errors import GraphError, SiteError
 from difa_fx.passes.cached_output import cached_output
 from difa_fx.passes.cfg_shared import cfg_shared
 from difa_fx.passes.graph_tools import crossing_value, output_values, placeholders, remove_dead
@@ -246,10 +246,24 @@ def _keep_layout(gm: fx.GraphModule, inputs: Sequence[object], expected: Sequenc
     """Give the outputs the shape, dtype and strides that later pieces are compiled for.
 
     A wrong shape or dtype is a fault of a rewrite and is raised at once.
+
+    Raises:
+        GraphError: one is a number that is known at run time alone.
+        SiteError: a rewrite is wrong.
     """
     values = list(output_values(gm.graph))
     for position, (value, want) in enumerate(zip(propagate(gm, inputs), expected, strict=False)):
         node = values[position]
+        if not isinstance(value, Tensor):
+            raise GraphError(
+                "a number is read from a tensor while the denoiser runs, and used on both sides of a site: Dynamo "
+                "makes such of a Python float that changes between calls",
+                where=str(node),
+                got=type(value).__name__,
+                allowed="numbers that stay the same, and tensors",
+                todo="pass the number as a tensor, or always the same one (LoRA: set its scale on the adapter); or set "
+                "torch._dynamo.config.specialize_float = True, which compiles once for each value",
+            )
         if value.shape != want.shape or value.dtype != want.dtype:
             raise SiteError(
                 "a rewrite changed what its segment yields",

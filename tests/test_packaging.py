@@ -29,6 +29,7 @@ LAYERS = (
     ("cpu_window", "cuda_window", "flash_window"),
     ("cost", "attention"),
     ("kernel_race",),
+    ("boundary",),
     ("schedule",),
     ("passes",),
     ("inspection", "compile"),

@@ -69,4 +69,4 @@ def compile_aot_eager(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callab
     """``gm`` as ``backend="aot_eager"`` runs it.  Wraps ``lookup_backend``."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend("aot_eager")(gm, list(inputs))  # type: ignore[no-any-return]
+    return lookup_backend("aot_eager")(gm, list(inputs))
