@@ -144,16 +144,49 @@ def _pixels(path: Path) -> Tensor:
 
 
 def _opened(path: Path) -> Any:
-    """The whole image in memory, as RGB."""
+    """The whole image in memory, as RGB, turned as its EXIF says.
+
+    Raises:
+        EvaluationError: it cannot be read, or 8 bits a channel do not hold what it has.
+    """
     pillow = _pillow()
+    from PIL import ImageOps
+
     try:
         with pillow.open(path) as image:
-            return image.convert("RGB")
+            image.load()
+            return _in_8_bits(path, ImageOps.exif_transpose(image))
     # SyntaxError and ValueError: what Pillow's PNG reader raises on a broken file
     except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
         raise EvaluationError(
             "an image cannot be read", where=str(path), got=str(error), todo="replace the file, or take it away"
         ) from error
+
+
+def _in_8_bits(path: Path, image: Any) -> Any:
+    """``image`` as RGB; 16 bits of grey are scaled, and alpha is dropped where all is opaque."""
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        return _pillow().fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise EvaluationError(
+            "the values of an image have no known range",
+            where=str(path),
+            got=f"mode {image.mode}: 32 bits a pixel",
+            allowed="8 bits a channel, or 16 bits of grey",
+            todo="save it with 8 bits a channel",
+        )
+    if "A" in image.getbands() or "transparency" in image.info:
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema()[0] < 255:
+            raise EvaluationError(
+                "an image is transparent, and what lies behind it is not known",
+                where=str(path),
+                got=f"mode {image.mode} with alpha from {alpha.getextrema()[0]}",
+                allowed="opaque images",
+                todo="lay it on a background, and save it without alpha",
+            )
+    return image.convert("RGB")
 
 
 def _pillow() -> Any:

@@ -80,6 +80,15 @@ def read_record(folder: Folder) -> dict[str, Any] | None:
             where=str(path),
             todo="use another folder, or take the file away",
         )
+    samples = content.get("samples")
+    if samples is not None and not (isinstance(samples, list) and len(samples) == content["count"]):
+        raise EvaluationError(
+            "the record of a folder of images has not one sample for each image",
+            where=f"{path}: samples",
+            got=f"{len(samples)} samples" if isinstance(samples, list) else type(samples).__name__,
+            allowed=f"a list of {content['count']}, as its count says",
+            todo="use another folder, or take the file away",
+        )
     return content
 
 
