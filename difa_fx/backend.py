@@ -132,7 +132,9 @@ class CompiledGraph:
         if runner is None:
             with self._lock, apart_from_dynamo(), unforeseen_is_typed("compilation of the denoiser"):
                 if key not in self._runners:
-                    self._runners[key] = make_runner(self._gm, args, self._sources, compilation)
+                    self._runners[key] = runner = make_runner(self._gm, args, self._sources, compilation)
+                    if not _may_go_on(runner, compilation):
+                        runner.compile()
                 runner = self._runners[key]
         return runner
 
@@ -159,6 +161,12 @@ class CompiledGraph:
             )
         assert isinstance(found, Compilation)
         return found
+
+
+def _may_go_on(runner: Runner, compilation: Compilation) -> bool:
+    """Whether the call may be of a generation whose guidance has ended, for which there is a runner of its own."""
+    batch = runner.attention.inputs.batch
+    return batch is not None and any(other.attention.inputs.batch == 2 * batch for other in compilation.runners)
 
 
 def _snapshot(options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -89,6 +89,8 @@ def attach(pipe: Any, plan: object = None, *, mode: str | None = None, **options
         )
     parts_of(pipe)
     places = _places(pipe)
+    for found in places.values():
+        refuse_parallel(module_of(found))
     settings = {"plan": as_plan(plan), "mode": mode, **options} if plan is not None else None
     asked = None if settings is None else parse_options(settings)
     for name, found in places.items():
@@ -116,7 +118,6 @@ def _check(name: str, found: Any, asked: Options | None) -> None:
     """Raise AttachError where a denoiser cannot be attached."""
     denoiser = module_of(found)
     assert denoiser is not None
-    refuse_parallel(denoiser)
     known = _attachments.get(denoiser)
     if asked is not None and known is not None and known.options != asked:
         raise AttachError(

@@ -65,6 +65,16 @@ class Compilation:
         """The graphs that this caller runs next belong to ``clock``'s call."""
         self._followed[caller()] = clock
 
+    def join(self, owner: object, clock: Clock) -> None:
+        """A graph with the parameter ``owner`` follows ``clock``: it is of the same denoiser."""
+        with _lock:
+            if owner is None or owner in self._denoisers:
+                return
+            for generations in list(self._denoisers.values()):  # type: ignore[no-untyped-call]
+                if clock in generations.clocks:
+                    self._denoisers[owner] = generations
+                    return
+
     def generations_of(self, owner: object) -> Generations:
         """The generations of the denoiser that owns the parameter ``owner``."""
         with _lock:

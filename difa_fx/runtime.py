@@ -114,6 +114,10 @@ class Company(Protocol):
         """The graphs that this caller runs next belong to ``clock``'s call."""
         ...
 
+    def join(self, owner: object, clock: Clock) -> None:
+        """A graph with the parameter ``owner`` follows ``clock``: it is of the same denoiser."""
+        ...
+
 
 class Alone:
     """A runner without company."""
@@ -128,6 +132,9 @@ class Alone:
         """Nobody to follow."""
 
     def follow(self, clock: Clock) -> None:
+        """Nobody follows."""
+
+    def join(self, owner: object, clock: Clock) -> None:
         """Nobody follows."""
 
 
@@ -234,6 +241,10 @@ class Runner:
     def programs(self, programs: tuple[Program, ...]) -> None:
         self._programs = programs
 
+    def compile(self) -> None:
+        """Compile what a whole generation runs."""
+        assert self.programs is not None
+
     def _note(self, owner: object, calls: int = 1) -> None:
         """It serves the denoiser with ``owner``."""
         self.calls += calls
@@ -329,6 +340,7 @@ class Runner:
             return self._clocks.tick(owner, told)
         followed = self._company.followed()
         if followed is not None and not self._ran(followed) and timestep in (None, followed.timestep):
+            self._company.join(owner, followed)
             return followed
         if timestep is None:
             raise ClockError(
@@ -349,6 +361,8 @@ class Runner:
         return session is not None and session.ran(clock.position)
 
     def _seen(self, args: Sequence[Any]) -> Seen:
+        if self._company.broken:
+            return Seen()  # what one graph of several is given may come from another
         latents = self.attention.inputs.latents
         conditions = {name: args[position] for name, position in self._conditions.items()}
         found = {name: value for name, value in conditions.items() if isinstance(value, Tensor)}

@@ -58,12 +58,17 @@ class Case:
         """
         return self.draw(Draw(timestep, batch, generator, self.cfg_order, same_halves))
 
-    def generation(self, steps: int, batch: int | None = None, seed: int = 0, same_halves: bool = False) -> list[Call]:
-        """Arguments of a generation's calls: timesteps fall, latents are drawn afresh, conditions stay the same."""
+    def generation(
+        self, steps: int, batch: int | None = None, seed: int = 0, same_halves: bool = False, *, afresh: bool = False
+    ) -> list[Call]:
+        """Arguments of a generation's calls: timesteps fall, latents are drawn afresh, conditions stay the same.
+
+        With ``afresh`` conditions are drawn anew, too, as no sampler does.
+        """
         generator = torch.Generator().manual_seed(seed)
         times = [1000 * (steps - step) // steps - 1 for step in range(steps)]
         drawn = [self.inputs(t, batch or self.batch, generator, same_halves) for t in times]
-        return [_with_conditions_of(drawn[0], call) for call in drawn]
+        return drawn if afresh else [_with_conditions_of(drawn[0], call) for call in drawn]
 
 
 _MOVING: Final = re.compile(r"hidden_states|sample|.*latents|x|img|z|t|timesteps?|sigmas?|time|audio_hidden_states")

@@ -66,7 +66,7 @@ def search_is_the_papers(
     mixed: bool,
     text: dict[str, tuple[int, int]] | None = None,
 ) -> None:
-    calls = found.generation(STEPS)
+    calls = found.generation(STEPS, afresh=True)
     plan = calibrated(found, calls, folder, threshold=threshold, loss=loss)
     rows, losses, _ = plain_search(
         found.model,
