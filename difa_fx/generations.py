@@ -82,10 +82,10 @@ class Generations:
         line = self._lines.get(caller())
         return line.clocks[-1] if line is not None and line.clocks else None
 
-    def begin(self) -> None:
-        """This caller's next call begins a generation."""
+    def begin(self, who: Caller = None) -> None:
+        """The next call of this caller, or of ``who``, begins a generation."""
         with self._lock:
-            line = self._line()
+            line = self._line(who)
             line.cut.clear()
             clock = line.clocks[-1] if line.clocks else self._added(line)
             for other in line.clocks:
@@ -95,7 +95,15 @@ class Generations:
             if not clock.attached:
                 clock.expected = self._known()
 
-    def announce(self, timesteps: Sequence[float], span: float, scheduler: Any, *, guessed: bool = False) -> None:
+    def announce(
+        self,
+        timesteps: Sequence[float],
+        span: float,
+        scheduler: Any,
+        *,
+        guessed: bool = False,
+        who: Caller = None,
+    ) -> None:
         """This caller's ``scheduler`` was set to ``timesteps``: a generation of its own is about to begin.
 
         Args:
@@ -103,13 +111,14 @@ class Generations:
             span: the steps of the scheduler's training.
             scheduler: it.
             guessed: whether it is no attached pipeline's own, but a copy as it seems.
+            who: another caller.
         """
         with self._lock:
             self.attached = True
             for line in self._lines.values():
                 for clock in [c for c in line.clocks if _of(c, scheduler)]:
                     self._end(clock)
-            mine = self._line()
+            mine = self._line(who)
             mine.cut.clear()
             for clock in [c for c in mine.clocks if _ownerless(c)]:
                 self._end(clock)
@@ -155,8 +164,8 @@ class Generations:
             if len(line.clocks) == 1:
                 self._drop(line.clocks[0])
 
-    def _line(self) -> _Line:
-        return self._lines.setdefault(caller(), _Line())
+    def _line(self, who: Caller = None) -> _Line:
+        return self._lines.setdefault(caller() if who is None else who, _Line())
 
     def _known(self) -> tuple[float, ...] | None:
         return self._plan.timesteps or self._learned

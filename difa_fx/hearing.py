@@ -60,6 +60,16 @@ def timesteps_of(scheduler: Any) -> list[float]:
     return [] if timesteps is None else torch.as_tensor(timesteps).detach().double().reshape(-1).cpu().tolist()
 
 
+def was_set(scheduler: Any) -> bool:
+    """Whether a scheduler was set to the timesteps of a generation; before, it has those of its training."""
+    count = len(timesteps_of(scheduler))
+    return (
+        count > 0
+        and getattr(scheduler, "num_inference_steps", count) is not None
+        and count != training_steps(scheduler)
+    )
+
+
 def training_steps(scheduler: Any) -> float:
     """The steps of a scheduler's training; some denoisers are shown timesteps as a share of them.  0 when unknown."""
     count = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 0)

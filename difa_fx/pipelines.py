@@ -245,7 +245,7 @@ def _hear_late(known: weakref.ref[nn.Module]) -> bool:
     if denoiser is None or attachment is None:
         return False
     found = [pipe.scheduler for pipe in attachment.pipes if pipe.scheduler not in attachment.heard]
-    set_already = [scheduler for scheduler in found if hearing.timesteps_of(scheduler)]
+    set_already = [scheduler for scheduler in found if hearing.was_set(scheduler)]
     for scheduler in set_already:
         hearing.hear(scheduler, _hear)
         _announce(denoiser, attachment, scheduler)

@@ -271,13 +271,13 @@ def _announce_again(owner: object, generations: Generations) -> None:
     generations.attached = bool(_models_of(owner, _listeners))
     for model in _models_of(owner, _announced):
         for told in _announced[model]:
-            if told.who() is not caller():
+            who, scheduler = told.who(), _scheduler_of(told)
+            if who is None:
                 continue
-            scheduler = _scheduler_of(told)
             if scheduler is not None:
-                generations.announce(told.timesteps, told.span, scheduler, guessed=told.guessed)
+                generations.announce(told.timesteps, told.span, scheduler, guessed=told.guessed, who=who)
             elif told.scheduler is None and not generations.attached:
-                generations.begin()
+                generations.begin(who)
 
 
 def _scheduler_of(told: _Announcement) -> Any:

@@ -121,6 +121,32 @@ def test_threads_have_generations_of_their_own() -> None:
     assert [seed for seed, value in found.items() if not isinstance(value, Tensor)] == []
 
 
+def test_what_a_thread_announced_before_another_made_the_first_call_is_known() -> None:
+    pipe = attached()
+    started, go = threading.Event(), threading.Event()
+    found: list[Tensor] = []
+
+    def work() -> None:
+        scheduler = copy.deepcopy(pipe.scheduler)
+        scheduler.set_timesteps(STEPS)
+        started.set()
+        go.wait(60)
+        latents, labels = inputs(2)
+        denoise = of(pipe)
+        for step, t in enumerate(scheduler.timesteps):
+            noise = denoise(step, latents, t.expand(len(labels)), labels)
+            latents = scheduler.step(noise[:, :4], t, latents).prev_sample
+        found.append(latents)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait(60)
+    generate(pipe, 1)
+    go.set()
+    thread.join()
+    assert relative(found[0], expected(pipe, 2)) < TIGHT
+
+
 def test_tasks_of_one_thread_have_generations_of_their_own() -> None:
     pipe = attached()
 
