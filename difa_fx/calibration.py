@@ -82,7 +82,7 @@ def calibrate(
 
     Args:
         target: a diffusers pipeline, not attached; or a bare denoiser, together with ``sampler``.
-        samples: prompts, class labels or whatever else the pipeline takes first.
+        samples: prompts, class labels or whatever else the pipeline takes first; a string is one of them.
         num_inference_steps: steps of the generation.
         threshold: the paper's delta, 0.025 to 0.15 there.
         target_speedup: how many times faster a whole generation is to be than under full attention.
@@ -130,7 +130,9 @@ def calibrate(
         inductor=settings.inductor,
     )
     loss_named(loss)
-    if not len(samples):
+    if isinstance(samples, str):
+        samples = [samples]
+    if len(samples) == 0:
         raise wrong("there are no samples", "samples", list(samples), "one sample or more")
     workers, own = share_samples(samples)
     generation = generation_of(

@@ -49,12 +49,13 @@ class Record:
         self.found.update(findings)
         if self.path is None:
             return
-        content = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint, "found": self.found}
-        write_text(self.path, json.dumps(content) + "\n")
+        content = {"format": FORMAT, "version": VERSION, "fingerprint": self.fingerprint}
+        found = json.dumps(self.found)
+        write_text(self.path, json.dumps(content | {"digest": _digest(found), "found": json.loads(found)}) + "\n")
 
 
 def open_record(fingerprint: str, folder: str | os.PathLike[str] | None, *, fresh: bool, readonly: bool) -> Record:
-    """The record of ``fingerprint`` in ``folder``, empty when there is none, or when it is not readable.
+    """The record of ``fingerprint`` in ``folder``, empty when there is none, or when it is not as it was written.
 
     Args:
         fingerprint: see :func:`fingerprint_of`.
@@ -82,9 +83,15 @@ def open_record(fingerprint: str, folder: str | os.PathLike[str] | None, *, fres
     except PlanFileError:
         return record
     fits = isinstance(content, dict) and content.get("format") == FORMAT and content.get("version") == VERSION
-    if fits and content.get("fingerprint") == fingerprint and isinstance(content.get("found"), dict):
-        record.found = content["found"]
+    found = content.get("found") if fits and content.get("fingerprint") == fingerprint else None
+    if isinstance(found, dict) and content.get("digest") == _digest(json.dumps(found)):
+        record.found = found
     return record
+
+
+def _digest(found: str) -> str:
+    """Tells findings that were written here from any others, which are not to be gone on with."""
+    return hashlib.sha256(found.encode()).hexdigest()
 
 
 def default_folder() -> Path:

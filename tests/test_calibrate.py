@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -327,3 +328,25 @@ def test_a_pipeline_is_calibrated(tmp_path: Path) -> None:
     difa_fx.detach(pipe)
     with pytest.raises(OptionError, match="does not take"):
         difa_fx.calibrate(pipe, [1], num_inference_steps=3, threshold=0.5, negative_prompt="no", cache_dir=tmp_path)
+
+
+JUNK = [
+    ("rows", [["bogus", "full"]]),
+    ("rows", [["full"]]),
+    ("losses", 3),
+    ("plan", 3),
+    ("plan", {"format": "difa.plan"}),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), JUNK)
+def test_a_record_that_is_not_as_it_was_written_begins_anew(name: str, value: object, tmp_path: Path) -> None:
+    found = case("toy_three_blocks")
+    calls = found.generation(3, afresh=True)
+    plan = calibrated(found, calls, tmp_path, threshold=0.3)
+    for path in tmp_path.glob("*.json"):
+        content = json.loads(path.read_text())
+        content["found"].pop("plan", None)
+        content["found"][name] = value
+        path.write_text(json.dumps(content))
+    assert calibrated(found, calls, tmp_path, threshold=0.3) == plan
