@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from difa_fx.bench.hardware import hardware
 from difa_fx.bench.settings import Size
 from difa_fx.bench.shapes import make_subject
 from difa_fx.bench.timing import Contender, interleaved
+from difa_fx.hardware import hardware
 from difa_fx.plan import Plan
 
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32)}

@@ -28,7 +28,7 @@ from torch import nn
 
 import difa_fx
 from difa_fx import registry
-from difa_fx.bench.hardware import hardware, machine_line
+from difa_fx.hardware import hardware, machine_line
 from difa_fx.plan import Plan
 from difa_fx.runtime import Runner
 

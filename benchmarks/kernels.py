@@ -26,13 +26,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from difa_fx.attention import WINDOW_KERNELS
-from difa_fx.bench.hardware import hardware, machine_line
 from difa_fx.bench.sampling import relative_l1
 from difa_fx.bench.timing import Contender, interleaved, ratios
 from difa_fx.cost import window_pairs
-from difa_fx.device_time import recorded
+from difa_fx.device_time import recorded, timed
+from difa_fx.hardware import hardware, machine_line
 from difa_fx.kernel_race import possible_kernels, step_of
-from difa_fx.profile import timed
 
 LONG_ENOUGH = 2e-3
 """Seconds that a timed CUDA graph takes at least, about."""

@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from difa_fx import losses
-from difa_fx.bench.hardware import hardware
 from difa_fx.generation import generation_of
 from difa_fx.greedy import CANDIDATES, Greedy
+from difa_fx.hardware import hardware
 from difa_fx.plan import DEFAULT_WINDOW, Method
 from difa_fx.plan_io import write_text
 from difa_fx.search import Backend, SearchSettings

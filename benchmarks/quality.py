@@ -33,8 +33,8 @@ from torch._inductor.utils import fresh_cache
 from tqdm import tqdm
 
 import difa_fx
-from difa_fx.bench.hardware import hardware
 from difa_fx.cost import kept
+from difa_fx.hardware import hardware
 from difa_fx.plan import DEFAULT_WINDOW, Plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

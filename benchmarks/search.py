@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import difa_fx
-from difa_fx.bench.hardware import hardware
+from difa_fx.hardware import hardware
 from difa_fx.losses import loss
 
 ROOT = Path(__file__).resolve().parent.parent

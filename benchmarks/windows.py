@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import difa_fx
-from difa_fx.bench.hardware import hardware
 from difa_fx.cost import window_pairs
+from difa_fx.hardware import hardware
 from difa_fx.plan import GridWindow, Plan, Window
 
 ROOT = Path(__file__).resolve().parent.parent

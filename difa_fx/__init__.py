@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from difa_fx.backend import difa as difa
     from difa_fx.calibration import calibrate as calibrate
+    from difa_fx.elsewhere import PlanWarning as PlanWarning
     from difa_fx.errors import DifaError as DifaError
     from difa_fx.evaluation import evaluate as evaluate
     from difa_fx.evaluation import generate_images as generate_images
@@ -33,6 +34,7 @@ _WHERE = {
     "DifaError": "errors",
     "Method": "plan",
     "Plan": "plan",
+    "PlanWarning": "elsewhere",
     "attach": "pipelines",
     "calibrate": "calibration",
     "detach": "pipelines",

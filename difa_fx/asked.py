@@ -54,3 +54,8 @@ class Asked:
 def wrong(what: str, where: str, got: object, allowed: object) -> CalibrationError:
     """The error for an argument of ``calibrate``."""
     return CalibrationError(what, where=f"calibrate({where}=...)", got=got, allowed=allowed, todo="mend the argument")
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}

@@ -21,30 +21,28 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from difa_fx import attention as kernels
+from difa_fx import elsewhere
 from difa_fx._torch import (
-    CUDA_GRAPHS,
     WeakIdKeyDictionary,
     apart_from_dynamo,
     breaks_graph,
-    compile_aot_eager,
-    compile_inductor,
     cpu_codegen,
     input_sources,
     is_static_input,
     uses_cuda_graphs,
 )
 from difa_fx.boundary import refuse_collectives, refuse_wrapped, unforeseen_is_typed
-from difa_fx.compile import PieceCompiler
+from difa_fx.compile import compile_whole, compiler_for
 from difa_fx.cuda_graphs import graphs_for
 from difa_fx.errors import DifaError, GradError, OptionError, PlanError, SiteError
+from difa_fx.hardware import device_of
 from difa_fx.options import Options, parse_options
 from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, AttentionSite, find_attention
 from difa_fx.passes.graph_tools import takes_tensors
 from difa_fx.passes.inputs import source_name
 from difa_fx.passes.partition import partition
-from difa_fx.passes.rewrite import RewriteSettings, check_possible
+from difa_fx.passes.rewrite import check_possible
 from difa_fx.passes.window_attention import fitted
 from difa_fx.plan import Method, Plan
 from difa_fx.registry import Compilation, compilation_for, forget
@@ -73,14 +71,14 @@ def difa(
     try:
         parsed = parse_options(options, mode)
         if parsed.plan is None:
-            return _without_plan(gm, example_inputs, parsed)
+            return compile_whole(gm, example_inputs, parsed.compiler, parsed.inductor)
         _refuse_gradients(example_inputs)
         refuse_wrapped(gm, example_inputs)
         refuse_collectives(gm)
         if parsed.compiler == "inductor" and any(_on_cpu(value) for value in example_inputs):
             cpu_codegen()
         if not takes_tensors(example_inputs):
-            return _without_plan(gm, example_inputs, parsed)
+            return compile_whole(gm, example_inputs, parsed.compiler, parsed.inductor)
         return CompiledGraph(gm, example_inputs, options, parsed, mode)
     except DifaError as error:
         return _raiser(error)
@@ -214,10 +212,7 @@ def _runner(
     sites = tuple(fitted(site, plan.window, calls_per_step=plan.calls_per_step) for site in found.sites)
     attention = replace(found, sites=sites)
     plan = _fitted(plan, attention, compilation)
-    if options.window_kernel == "auto" and plan.uses_windows:
-        for site in attention.sites:
-            kernels.prepare(site.call.q.meta["val"], site.shape.tokens)
-    settings = RewriteSettings(window=plan.window, second=plan.cfg == "uncond_first", kernel=options.window_kernel)
+    _tell_elsewhere(plan, attention, compilation)
     paths = [site.path for site in attention.sites]
     fixed = set(static)
     names = ["" if i in fixed else source_name(source) for i, source in enumerate(canonical.sources)]
@@ -227,8 +222,15 @@ def _runner(
         partition=partition(canonical, attention),
         schedule=make_schedule(plan, paths),
         later=lambda first: make_schedule(plan.from_step(first), paths),
-        # A call is one graph, and not a graph a piece.
-        compiler=PieceCompiler(options.compiler, {**options.inductor, CUDA_GRAPHS: False}, settings),
+        compiler=compiler_for(
+            attention.sites,
+            compiler=options.compiler,
+            inductor=options.inductor,
+            kernel=options.window_kernel,
+            window=plan.window,
+            cfg=plan.cfg,
+            windows=plan.uses_windows,
+        ),
         owner_position=owner_position,
         clocks=compilation,
         strict=options.strict,
@@ -240,6 +242,17 @@ def _runner(
     )
     compilation.runners.append(runner)
     return runner
+
+
+def _tell_elsewhere(plan: Plan, attention: Attention, compilation: Compilation) -> None:
+    """Say, once, that a plan was calibrated at another resolution or on another device."""
+    if compilation.told or not attention.sites:
+        return
+    device = attention.sites[0].outputs[0].meta["val"].device.type
+    tokens = {site.path: site.shape.tokens for site in attention.sites}
+    differences = (elsewhere.other_tokens(plan, tokens), elsewhere.other_device(plan, device_of(device)))
+    compilation.told = any(differences)
+    elsewhere.tell(plan, differences)
 
 
 def _fitted(plan: Plan, attention: Attention, compilation: Compilation) -> Plan:
@@ -299,14 +312,6 @@ def _without(plan: Plan, site: AttentionSite, method: Method) -> Plan:
     )
     index = plan.sites.index(site.path)
     return plan.replace(methods=[[*row[:index], Method.FULL, *row[index + 1 :]] for row in plan.methods])
-
-
-def _without_plan(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    if options.compiler == "eager":
-        return gm
-    if options.compiler == "aot_eager":
-        return compile_aot_eager(gm, inputs)
-    return compile_inductor(gm, inputs, options.inductor)
 
 
 def _refuse_gradients(inputs: Sequence[Any]) -> None:

@@ -4,14 +4,15 @@
 2. A few generations with a single step disturbed tell how much of a step's error is left in the final sample: an
    error at a noisy step is mostly mended by the steps after it.
 3. The solver takes the least error within the budget (:mod:`difa_fx.budget`).
-4. The plan runs; where the time it saves is less than predicted, the budget is cut and the solver asked again.
+4. The plan runs beside full attention; where it saves more or less than predicted, the solver is asked again.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,45 +20,24 @@ import torch
 from difa_fx.budget import Choice, SiteCosts, choose, least_seconds, plan_seconds
 from difa_fx.checkpoint import Record
 from difa_fx.cost import attention_flops, kept
-from difa_fx.drivers import Disturbed, Planned
+from difa_fx.drivers import Disturbed
 from difa_fx.errors import CalibrationError
-from difa_fx.generation import Generation, drift
+from difa_fx.generation import drift
 from difa_fx.losses import Loss
 from difa_fx.plan import Method, Plan
 from difa_fx.profile import SINGLE, Profiler
-from difa_fx.search import Backend, SearchGraph
-from difa_fx.workers import Workers
+from difa_fx.search import SearchGraph
+from difa_fx.step_times import TURNS, StepsInTurn, fitted
+from difa_fx.verification import Job
 
 _PROBES = 6
 _REFINEMENTS = 2
 _CLOSE = 0.98
 """A plan that reaches this share of the target speed-up is taken."""
+_CLOSELY = 0.1
+"""Where a plan is faster than predicted by more than this share, a better one may be fast enough."""
 
 Array = np.ndarray[Any, Any]
-
-
-class Job(Protocol):
-    """What a calibration offers to this module."""
-
-    workers: Workers
-    backend: Backend
-    generation: Generation
-
-    def generate(self, driver: Any, what: str) -> Any:
-        """One generation with ``driver``."""
-        ...
-
-    def bar(self, what: str, total: int) -> AbstractContextManager[Any]:
-        """A progress bar."""
-        ...
-
-    def say(self, text: str) -> None:
-        """A line for the user."""
-        ...
-
-    def make_plan(self, rows: Sequence[Sequence[Method]]) -> Plan:
-        """A plan for the denoiser."""
-        ...
 
 
 def choose_for_budget(
@@ -68,6 +48,7 @@ def choose_for_budget(
     loss: Loss,
     target_speedup: float | None,
     target_flops: float | None,
+    pairs: int,
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of least error that is as fast, or keeps as few operations, as asked; and what was found on the way.
 
@@ -78,54 +59,89 @@ def choose_for_budget(
         loss: how outputs are compared.
         target_speedup: of a whole generation; or None.
         target_flops: attention operations to keep, as a fraction; or None.
+        pairs: generations that measure a plan for a speed-up, beside as many in full.
 
     Raises:
         CalibrationError: the target cannot be met.
     """
+    if steps == 1:
+        raise CalibrationError(
+            "a generation of one step has nothing to reuse",
+            where="calibrate(num_inference_steps=...)",
+            got=steps,
+            allowed="2 steps or more",
+            todo="ask for more steps, or run without a plan",
+        )
     profiler = _profile(job, record, steps, loss)
+    times = _step_times(job, record, profiler, steps)
+    weights = _weights(job, record, steps, loss, times.reference)
     graph = job.backend.graph
     assert graph is not None
-    full = _full_seconds(job, record, steps)
-    weights = _weights(job, record, steps, loss, full["result"])
-    times = _site_costs(graph, profiler, weights, by_flops=False)
+    costs = _site_costs(graph, profiler, weights, by_flops=False)
     if target_flops is not None:
         counts = _site_costs(graph, profiler, weights, by_flops=True)
         whole = steps * sum(site.seconds[Method.FULL] for site in counts)
         least = least_seconds(counts) / whole
-        _check_reachable(target_flops, least, "target_flops", "of the attention's operations", at_least=False)
+        if least > target_flops:
+            raise _out_of_reach("target_flops", target_flops, f"at least {least:.3g} of the attention's operations")
         choice = choose(counts, budget_seconds=target_flops * whole)
-        return _result(job, graph, choice, times, full["seconds"], 1.0)
+        return _result(job, graph, choice, costs, times.full, 1.0)
     assert target_speedup is not None
-    return _fast_enough(job, graph, times, full["seconds"], target_speedup, steps)
+    return _fast_enough(job, graph, costs, times.full, target_speedup, max(pairs, 1))
 
 
 def _fast_enough(
-    job: Job,
-    graph: SearchGraph,
-    times: Sequence[SiteCosts],
-    full: float,
-    target: float,
-    steps: int,
+    job: Job, graph: SearchGraph, costs: Sequence[SiteCosts], full: float, target: float, pairs: int
 ) -> tuple[Plan, dict[str, Any]]:
-    whole = steps * sum(site.seconds[Method.FULL] for site in times)
+    """The plan of least error that is measured to be fast enough, ``full`` being a generation's seconds.
+
+    What a plan saves is predicted, and ``worth`` is how much of that was measured with the plan before.
+    """
+    steps = costs[0].steps
+    whole = steps * sum(site.seconds[Method.FULL] for site in costs)
     worth = 1.0
-    for attempt in range(_REFINEMENTS + 1):
-        best = full / (full - worth * (whole - least_seconds(times)))
-        _check_reachable(target, best, "target_speedup", "times the speed of full attention", at_least=True)
-        choice = choose(times, budget_seconds=whole - full * (1 - 1 / target) / worth)
-        plan, findings = _result(job, graph, choice, times, full, worth)
-        if attempt == _REFINEMENTS:
+    if full / (full - whole + least_seconds(costs)) < target:
+        worth = _worth_of_fastest(job, costs, full, target, pairs)
+    tried: list[tuple[float, Plan, dict[str, Any]]] = []
+    for _ in range(_REFINEMENTS + 1):
+        least = least_seconds(costs)
+        budget = max(whole - full * (1 - 1 / target) / worth, least)
+        plan, findings = _result(job, graph, choose(costs, budget_seconds=budget), costs, full, worth)
+        predicted, measured = findings["predicted"]["speed_up"], job.measured(plan, pairs).speed_up
+        job.say(f"{predicted:.2f}x predicted, {measured:.2f}x measured")
+        tried.append((measured, plan, findings))
+        enough = measured >= _CLOSE * target
+        if enough and measured <= predicted * (1 + _CLOSELY):
+            return plan, findings
+        saved = whole - plan_seconds(costs, plan.methods)
+        if saved <= 0:
             break
-        pair = []
-        for rows in ([[Method.FULL] * len(plan.sites)] * steps, plan.methods):
-            job.generate(Planned(plan.replace(methods=rows)), "measure")
-            pair.append(job.workers.same(job.generation.seconds))
-        job.say(f"{findings['predicted']['speed_up']:.2f}x predicted, {pair[0] / pair[1]:.2f}x measured")
-        if pair[0] / pair[1] >= _CLOSE * target:
-            break
-        saved = whole - choice.seconds
-        worth = max((1 - pair[1] / pair[0]) * full / saved, worth / 2) if saved > 0 else worth
+        worth = min(max((1 - 1 / measured) * full / saved, worth / 2), 2 * worth)
+    reached = [found for found in tried if found[0] >= _CLOSE * target]
+    if reached:
+        return min(reached, key=lambda found: found[2]["predicted"]["error"])[1:]
+    measured, plan, findings = max(tried, key=lambda found: found[0])
+    warnings.warn(
+        f"the plan is measured at {measured:.2f} times full attention; {target:g} was asked for", stacklevel=4
+    )
     return plan, findings
+
+
+def _worth_of_fastest(job: Job, costs: Sequence[SiteCosts], full: float, target: float, pairs: int) -> float:
+    """How much of what is predicted for the cheapest methods everywhere is measured.
+
+    Raises:
+        CalibrationError: even they are slower than asked.
+    """
+    whole = costs[0].steps * sum(site.seconds[Method.FULL] for site in costs)
+    least = least_seconds(costs)
+    plan = job.make_plan(choose(costs, budget_seconds=least).methods)
+    measured = job.measured(plan, pairs).speed_up
+    if measured < target:
+        raise _out_of_reach(
+            "target_speedup", target, f"at most {measured:.3g} times the speed of full attention, measured"
+        )
+    return max((1 - 1 / measured) * full / max(whole - least, 1e-12), 1.0)
 
 
 def _profile(job: Job, record: Record, steps: int, loss: Loss) -> Profiler:
@@ -140,23 +156,43 @@ def _profile(job: Job, record: Record, steps: int, loss: Loss) -> Profiler:
         known = dict(record.found.get("seconds", {}))
         profiler = Profiler(loss=loss, workers=job.workers, finished=finished, losses=losses, seconds=known)
         job.generate(profiler, "profile")
-    if "seconds" not in record.found:
-        record.keep(seconds=profiler.seconds)
     return profiler
 
 
-def _full_seconds(job: Job, record: Record, steps: int) -> dict[str, Any]:
-    """What a generation in full takes, and gives."""
+@dataclass(frozen=True, slots=True)
+class _StepTimes:
+    """What a generation takes in full, in seconds, and what it gives."""
+
+    full: float
+    reference: Any
+
+
+def _step_times(job: Job, record: Record, profiler: Profiler, steps: int) -> _StepTimes:
+    """Time whole steps under each method; fits the profile's seconds to them, unless the record has both."""
     graph = job.backend.graph
     assert graph is not None
-    plan = job.make_plan([[Method.FULL] * len(graph.sites)] * steps)
-    spent = []
-    for _ in range(1 if "full_seconds" in record.found else 2):
-        result = job.generate(Planned(plan), "full attention")
-        spent.append(job.workers.same(job.generation.seconds))
-    if "full_seconds" not in record.found:
-        record.keep(full_seconds=min(spent))
-    return {"seconds": float(record.found["full_seconds"]), "result": result}
+    full = [[Method.FULL] * len(graph.sites)] * steps
+    if "full_seconds" in record.found:
+        reference = job.generate(job.planned(full), "full attention")
+        return _StepTimes(float(record.found["full_seconds"]), reference)
+    methods = dict.fromkeys([Method.FULL, Method.CACHED, *graph.candidates])
+    rows = {
+        m.value: [full[0], *[[m if m in s.methods else Method.FULL for s in graph.sites]] * (steps - 1)]
+        for m in methods
+    }
+    turns = StepsInTurn({name: job.planned(those) for name, those in rows.items()})
+    others = []  # what a generation takes beside its steps
+    with job.bar("time", -(-TURNS // (steps - 1))) as bar:
+        while not turns.enough:
+            before = turns.spent
+            reference = job.generate(turns, "full attention")
+            others.append(job.generation.seconds - (turns.spent - before))
+            bar.update()
+    typical = turns.typical
+    seconds = job.workers.same(min(others) + steps * typical[Method.FULL.value])
+    profiler.seconds = job.workers.same(fitted(profiler.seconds, typical))
+    record.keep(full_seconds=seconds, seconds=profiler.seconds)
+    return _StepTimes(seconds, reference)
 
 
 def _weights(job: Job, record: Record, steps: int, loss: Loss, reference: Any) -> Array:
@@ -220,14 +256,11 @@ def _result(
     return plan, {"predicted": predicted}
 
 
-def _check_reachable(asked: float, best: float, name: str, unit: str, *, at_least: bool) -> None:
-    if (best >= asked) if at_least else (best <= asked):
-        return
-    raise CalibrationError(
+def _out_of_reach(name: str, asked: float, best: str) -> CalibrationError:
+    return CalibrationError(
         "the target cannot be met",
         where=f"calibrate({name}=...)",
         got=asked,
-        allowed=f"{'at most' if at_least else 'at least'} {best:.3g} {unit}: that is every step but the first at the "
-        "cheapest method everywhere",
-        todo=f"ask for {name}={best:.3g} or less demanding, or give more candidates",
+        allowed=f"{best}: that is every step but the first at the cheapest method everywhere",
+        todo="ask for less, or give more candidates",
     )

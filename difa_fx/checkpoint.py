@@ -21,7 +21,7 @@ from difa_fx.errors import PlanFileError
 from difa_fx.plan_io import read_json, write_text
 
 FORMAT = "difa.calibration"
-VERSION = 1
+VERSION = 2
 
 _DIGEST_VALUES = 4096
 
@@ -105,7 +105,7 @@ def fingerprint_of(settings: Mapping[str, Any], denoiser: nn.Module) -> str:
     """Digest of a calibration's settings and of the denoiser: structure, config and weights."""
     digest = hashlib.sha256()
     digest.update(json.dumps({name: plain(value) for name, value in settings.items()}, sort_keys=True).encode())
-    digest.update(f"{type(denoiser).__qualname__} {torch.__version__}".encode())
+    digest.update(type(denoiser).__qualname__.encode())
     digest.update(repr(sorted(dict(getattr(denoiser, "config", {}) or {}).items(), key=str)).encode())
     for name, value in [*denoiser.named_parameters(), *denoiser.named_buffers()]:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype} {value.device.type}".encode())

@@ -7,7 +7,7 @@ share it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +15,21 @@ from typing import Any
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from difa_fx._torch import BoxedPiece, begin_lowering, deferred_kernels, trace_aten
-from difa_fx.attention import window_attention, window_residual
+from difa_fx._torch import (
+    CUDA_GRAPHS,
+    BoxedPiece,
+    begin_lowering,
+    compile_aot_eager,
+    compile_inductor,
+    deferred_kernels,
+    trace_aten,
+)
+from difa_fx.attention import prepare, window_attention, window_residual
 from difa_fx.passes.autocast import without_autocast
 from difa_fx.passes.partition import Segment
 from difa_fx.passes.rewrite import RewriteSettings, Variant, VariantGraph, rewrite
+from difa_fx.passes.sites import AttentionSite
+from difa_fx.plan_words import CFGOrder, Window
 
 COMPILERS = ("inductor", "aot_eager", "eager")
 
@@ -82,6 +92,46 @@ class PieceCompiler:
         if self.compiler == "aot_eager":
             return lambda: _boxed(trace_aten(gm, inputs))
         return begin_lowering(gm, inputs, {**_PATCHES, **self.patches, **_flex_patches(graph)})
+
+
+def compile_whole(
+    gm: fx.GraphModule, inputs: Sequence[Any], compiler: str, inductor: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """A graph in which nothing is changed; see :class:`difa_fx.options.Options`."""
+    if compiler == "eager":
+        return gm
+    if compiler == "aot_eager":
+        return compile_aot_eager(gm, inputs)
+    return compile_inductor(gm, inputs, inductor)
+
+
+def compiler_for(
+    sites: Sequence[AttentionSite],
+    *,
+    compiler: str,
+    inductor: Mapping[str, Any],
+    kernel: str,
+    window: Window,
+    cfg: CFGOrder | None,
+    windows: bool,
+) -> PieceCompiler:
+    """What compiles the pieces of a denoiser with these sites, whether a plan runs on them or a search.
+
+    Args:
+        sites: the denoiser's.
+        compiler: see :class:`difa_fx.options.Options`.
+        inductor: likewise.
+        kernel: likewise, ``window_kernel``.
+        window: tokens to either side.
+        cfg: the order of the CFG halves.
+        windows: whether any site may run a window; its kernel is built in the background then.
+    """
+    if kernel == "auto" and windows:
+        for site in sites:
+            prepare(site.call.q.meta["val"], site.shape.tokens)
+    settings = RewriteSettings(window=window, second=cfg == "uncond_first", kernel=kernel)
+    # A call of the denoiser is one CUDA graph, and not a graph a piece.
+    return PieceCompiler(compiler, {**inductor, CUDA_GRAPHS: False}, settings)
 
 
 def _boxed(gm: fx.GraphModule) -> Piece:

@@ -1,8 +1,9 @@
-"""Time of a CUDA device: what kernels take, and not what it takes to launch them."""
+"""How long work takes: as a whole, or on a CUDA device what kernels take without what it takes to launch them."""
 
 from __future__ import annotations
 
 import statistics
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any, Final
@@ -12,6 +13,17 @@ import torch
 _ROUNDS: Final = 9
 _TIMES: Final = 10
 """Runs in one measurement: together they take longer than what comes before and after."""
+
+
+def timed(work: Callable[[], object], cuda: bool) -> float:
+    """Seconds that ``work`` takes, its kernels included."""
+    if cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def recorded(run: Callable[[], object], *, times: int = 1) -> Callable[[], object]:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difa_fx.clock import Clock
+from difa_fx.device_time import timed
 from difa_fx.greedy import finite, replay
 from difa_fx.losses import Loss
 from difa_fx.plan import Method, Plan
-from difa_fx.profile import timed
 from difa_fx.program import State
 from difa_fx.runtime import Runner
 from difa_fx.search import Driver, SearchGraph, main_output
@@ -39,15 +40,28 @@ class Watched:
 
 @dataclass(slots=True)
 class Planned:
-    """A plan, run as it will be used."""
+    """A plan, run as it will be used, in one generation after the other.
+
+    Attributes:
+        plan: it.
+        compiled: whether it has begun a generation, so that all that it runs is compiled.
+    """
 
     plan: Plan
+    compiled: bool = False
+    _clock: Clock = field(init=False)
     _runner: Runner | None = None
+
+    def __post_init__(self) -> None:
+        self._clock = Clock(self.plan.steps, calls=self.plan.calls_per_step)
 
     def step(self, graph: SearchGraph, step: int, calls: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
         """The step's calls under the plan."""
         if self._runner is None:
-            self._runner = graph.runner(self.plan)
+            self._runner = graph.runner(self.plan, self._clock)
+        if step == 0:
+            self._clock.begin()
+            self.compiled = True
         return [self._runner(*args) for args in calls]
 
 

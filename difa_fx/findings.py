@@ -144,7 +144,8 @@ def _about_gain(calibration: Calibration) -> list[str]:
     for name, found in (("predicted", calibration.predicted), ("measured", calibration.measured)):
         words = []
         if found and "speed_up" in found:
-            words.append(f"{found['speed_up']:.2f}x the speed of full attention")
+            slower = ": it is slower" if found["speed_up"] < 1 else ""
+            words.append(f"{found['speed_up']:.2f}x the speed of full attention{slower}")
         if found and "flops_kept" in found:
             words.append(f"{found['flops_kept']:.0%} of the attention's operations")
         if found and "drift" in found:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from difa_fx.device_time import timed
 from difa_fx.errors import CalibrationError, OptionError
 from difa_fx.pipelines import is_attached, parts_of
-from difa_fx.profile import timed
 from difa_fx.search import Backend, Driver
 
 _RESULTS = ("images", "frames", "sample", "audios")
@@ -28,6 +28,7 @@ class Generation:
         sample: runs it once.
         seed: torch's generators are set to it before each run, and put back after.
         about: what the result depends on, for a fingerprint.
+        scheduler: class name of the pipeline's; None for a sampler.
         seconds: how long the last run took.
     """
 
@@ -35,6 +36,7 @@ class Generation:
     sample: Callable[[], Any]
     seed: int
     about: Mapping[str, Any]
+    scheduler: str | None = None
     seconds: float = field(default=0.0, init=False)
 
     def describe(self) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def generation_of(
         "scheduler": [type(scheduler).__name__, config],
         "call": dict(kwargs),
     }
-    return Generation(denoiser, sample, seed, about)
+    return Generation(denoiser, sample, seed, about, type(scheduler).__name__)
 
 
 def _accepted(pipe: Any, settings: Mapping[str, Any], count: int) -> dict[str, Any]:

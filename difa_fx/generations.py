@@ -21,6 +21,7 @@ from typing import Any
 
 from difa_fx.callers import Caller, caller
 from difa_fx.clock import ATTACH, Clock, Grid, exact
+from difa_fx.elsewhere import other_timesteps, tell
 from difa_fx.errors import ClockError
 from difa_fx.plan import Plan
 from difa_fx.witness import Seen, Verdict
@@ -69,7 +70,7 @@ class Generations:
         self._learned: tuple[float, ...] | None = None
         self._lines: weakref.WeakKeyDictionary[Caller, _Line] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
-        self.attached = False
+        self.attached = self._told = False
 
     @property
     def clocks(self) -> tuple[Clock, ...]:
@@ -220,9 +221,17 @@ class Generations:
             clock = self._chosen(going, list(starts), told)
             if clock in starts:
                 clock.first = starts[clock]
+                self._compare(clock)
             clock.tick(timestep, grid=grid)
             return clock
         return None
+
+    def _compare(self, clock: Clock) -> None:
+        """Say, once, that a scheduler's timesteps are not those that the plan was made with."""
+        found = None if self._told or clock.expected is None else other_timesteps(self._plan, clock.expected)
+        if found is not None:
+            self._told = True
+            tell(self._plan, [found])
 
     def _chosen(self, going: list[Clock], waiting: list[Clock], told: Told) -> Clock:
         """Which of several generations a call belongs to."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from difa_fx import hearing, registry
+from difa_fx import elsewhere, hearing, registry
 from difa_fx.clock import other_steps
 from difa_fx.errors import AttachError, OptionError
 from difa_fx.options import Options, parse_options
@@ -105,6 +105,8 @@ def attach(pipe: Any, plan: object = None, *, mode: str | None = None, **options
         _attachment(denoiser, asked, settings).pipes.add(pipe)
         registry.listen(denoiser, partial(_hear_late, weakref.ref(denoiser)))
     _pipes[pipe] = unwrapped
+    if asked is not None and asked.plan is not None:
+        elsewhere.tell(asked.plan, [elsewhere.other_scheduler(asked.plan, type(pipe.scheduler).__name__)], stacklevel=2)
     hearing.hear(pipe.scheduler, _hear)
     return pipe
 

@@ -11,8 +11,6 @@ error(t, s) = loss of the trial at (t, t - 1) * move(t, s) / move(t, t - 1).
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,14 +23,12 @@ from difa_fx.greedy import finite
 from difa_fx.losses import Loss
 from difa_fx.plan import Method
 from difa_fx.program import State
-from difa_fx.schedule import SiteStep
 from difa_fx.search import Frontier, SearchGraph, main_output
+from difa_fx.step_times import time_regions
 from difa_fx.workers import Workers
 
 _SAMPLED = 16384
 """Values of a site's output, and of its residual, that are kept a step to measure how far they move."""
-
-_TIMED = 7
 
 SINGLE = (Method.CACHED, Method.WINDOW, Method.FULL_CFG)
 """The methods whose error is measured by itself; ``window+cfg`` brings the sum of two."""
@@ -47,7 +43,7 @@ class Profiler:
         workers: who shares the samples.
         finished: called after each step with the losses so far.
         losses: method, by step and site, of trials against full attention; steps that are there already are not tried.
-        seconds: site to action to seconds, measured at the second step where they are not there already.
+        seconds: site to method to seconds of its region, measured at the second step where they are not there already.
     """
 
     loss: Loss
@@ -129,35 +125,13 @@ class Profiler:
             self.seconds[site.path] = self.seconds[twin]
             return
         timed.add(structure)
-        self.seconds[site.path] = self.workers.same(time_actions(graph, frontier, graph.timed_entries(number)))
+        self.seconds[site.path] = self.workers.same(time_regions(graph, frontier, graph.timed_entries(number)))
 
 
 def _singles(candidates: Sequence[Method], refused: Mapping[Method, str]) -> list[Method]:
     """The methods to try by themselves, for a plan that may use ``candidates``."""
     wanted = set(candidates) | ({Method.WINDOW, Method.FULL_CFG} if Method.WINDOW_CFG in candidates else set())
     return [method for method in SINGLE if method in wanted and method not in refused]
-
-
-def time_actions(graph: SearchGraph, frontier: Frontier, entries: Mapping[str, Sequence[SiteStep]]) -> dict[str, float]:
-    """Median seconds of the next site's region under each entry; the entries take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in entries}
-    for turn in range(_TIMED + 2):
-        for name, entry in entries.items():
-            spent = timed(lambda entry=entry: graph.run_site(frontier, entry), graph.cuda)  # type: ignore[misc]
-            if turn >= 2:
-                seconds[name].append(spent)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def timed(work: Callable[[], object], cuda: bool) -> float:
-    """Seconds that ``work`` takes, its kernels included."""
-    if cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    work()
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def _sample(value: Tensor) -> Tensor:

@@ -35,12 +35,14 @@ class Compilation:
         runners: one a graph and set of shapes.
         broken: whether Dynamo broke the denoiser into several graphs; they share a clock then.
         found: the sites of all graphs so far.
+        told: whether it was said that the plan runs elsewhere than it was calibrated.
     """
 
     options: Options
     runners: list[Runner] = field(default_factory=list)
     broken: bool = False
     found: dict[str, None] = field(default_factory=dict)
+    told: bool = False
     _denoisers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     _ownerless: Generations | None = None
     _followed: weakref.WeakKeyDictionary[Caller, Clock] = field(default_factory=weakref.WeakKeyDictionary)

@@ -15,17 +15,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from difa_fx._torch import apart_from_dynamo, compile_inductor, input_sources
+from difa_fx._torch import apart_from_dynamo, input_sources
 from difa_fx.boundary import refuse_wrapped, unforeseen_is_typed
 from difa_fx.clock import Clock
-from difa_fx.compile import PieceCompiler
+from difa_fx.compile import compile_whole, compiler_for
 from difa_fx.cost import SiteShape
 from difa_fx.errors import CalibrationError
 from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, AttentionSite, find_attention
-from difa_fx.passes.graph_tools import takes_tensors
+from difa_fx.passes.graph_tools import placeholders, takes_tensors
 from difa_fx.passes.partition import partition
-from difa_fx.passes.rewrite import RewriteSettings
 from difa_fx.passes.window_attention import fitted
 from difa_fx.plan import CFGOrder, Method, Plan
 from difa_fx.plan_words import Window, calls_per_step
@@ -90,9 +89,6 @@ class SearchGraph:
         settings: SearchSettings,
         candidates: Sequence[Method],
     ) -> None:
-        rewriting = RewriteSettings(
-            window=settings.window, second=settings.cfg == "uncond_first", kernel=settings.window_kernel
-        )
         self.calls_per_step = calls_per_step(settings.cfg)
         sites = [fitted(s, settings.window, calls_per_step=self.calls_per_step) for s in attention.sites]
         attention = replace(attention, sites=tuple(sites))
@@ -101,7 +97,15 @@ class SearchGraph:
         self.attention, self.candidates, self.work = attention, tuple(candidates), 0.0
         self.window, self.cfg = settings.window, settings.cfg
         self._graph, self._partition = canonical.gm.graph, partition(canonical, attention)
-        self._compiler = PieceCompiler(settings.compiler, settings.inductor, rewriting)
+        self._compiler = compiler_for(
+            self.sites,
+            compiler=settings.compiler,
+            inductor=settings.inductor,
+            kernel=settings.window_kernel,
+            window=settings.window,
+            cfg=settings.cfg,
+            windows=any(method.windowed for method in self.candidates),
+        )
         self.builder = ProgramBuilder(self._graph, self._partition, self._compiler)
         parts = self._partition
         numbers = {s.site.path: i for i, s in enumerate(parts.segments) if s.site is not None}
@@ -109,10 +113,20 @@ class SearchGraph:
         self._calls: dict[tuple[int, SiteStep | None], Call] = {}
 
     @property
+    def latents_shape(self) -> list[int] | None:
+        """Sizes of the latents, the batch among them; None where no input is known to be they."""
+        position = self.attention.inputs.latents
+        return None if position is None else list(placeholders(self._graph)[position].meta["val"].shape)
+
+    @property
+    def device(self) -> str:
+        """The kind of device that its values lie on."""
+        return str(self.sites[0].outputs[0].meta["val"].device.type)
+
+    @property
     def cuda(self) -> bool:
         """Whether its values lie on a CUDA device."""
-        value = self.sites[0].outputs[0].meta["val"]
-        return bool(value.device.type == "cuda")
+        return self.device == "cuda"
 
     def structure(self, number: int) -> str:
         """The signature of a site's region; sites that share it share their pieces."""
@@ -153,10 +167,8 @@ class SearchGraph:
         """The graph's outputs in each call, once every site has advanced."""
         return [self.builder.collect(slots) for slots in frontier.slots]
 
-    def runner(self, plan: Plan) -> Runner:
-        """What ``plan`` runs on, with the pieces of this search."""
-        clock = Clock(plan.steps, calls=plan.calls_per_step)
-        clock.begin()
+    def runner(self, plan: Plan, clock: Clock) -> Runner:
+        """What ``plan`` runs on, with the pieces of this search, in the generations that ``clock`` counts."""
         return Runner(
             graph=self._graph,
             attention=self.attention,
@@ -239,8 +251,16 @@ class Backend:
         graph: the denoiser's graph, after its first call.
     """
 
-    def __init__(self, choose: Choose, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        choose: Choose,
+        watch: Watch | None = None,
+        *,
+        compiler: str = "inductor",
+        inductor: Mapping[str, Any] | None = None,
+    ) -> None:
         self._choose, self._watch = choose, watch
+        self._compiler, self._inductor = compiler, inductor or {}
         self._pairs = TwoCalls()
         self._before: Sequence[Any] = ()
         self.driver: Driver | None = None
@@ -294,7 +314,7 @@ class Backend:
         self, gm: fx.GraphModule, args: Sequence[Any], sources: Sequence[str]
     ) -> SearchGraph | Callable[..., Any]:
         if not takes_tensors(args):
-            return compile_inductor(gm, args, {})
+            return compile_whole(gm, args, self._compiler, self._inductor)
         canonical = canonicalize(gm, args, sources=sources)
         attention = find_attention(canonical)
         if canonical.written and attention.sites:
@@ -306,7 +326,7 @@ class Backend:
                 todo="look for graph breaks with TORCH_LOGS=graph_breaks: it may write to what it made before one",
             )
         if not attention.sites:
-            return compile_inductor(gm, args, {})
+            return compile_whole(gm, args, self._compiler, self._inductor)
         if self.graph is not None:
             raise CalibrationError(
                 "the denoiser runs as more than one graph with attention in it",

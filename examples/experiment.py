@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from videos import frame_distances, save_video
 
 import difa_fx
-from difa_fx.bench.hardware import hardware, versions
 from difa_fx.cost import kept
 from difa_fx.errors import DifaError
 from difa_fx.evaluation import evaluate, generate_images
+from difa_fx.hardware import hardware, versions
 from difa_fx.plan import Plan
 
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from difa_fx.bench import command
 from difa_fx.bench.efficiency import efficiencies, kept_share, savable
-from difa_fx.bench.hardware import hardware, machine_line, versions
 from difa_fx.bench.plans import fitted_plan, method_plan, methods_of, window_of
 from difa_fx.bench.plots import draw
 from difa_fx.bench.records import RESIDENT_AFTER, Bench, Case, Compiled, Race, Row, bench_from_dict
@@ -24,6 +23,7 @@ from difa_fx.bench.subject import timesteps
 from difa_fx.bench.timing import Contender, Spread, interleaved, ratios
 from difa_fx.cost import SiteShape, projection_flops
 from difa_fx.errors import OptionError
+from difa_fx.hardware import hardware, machine_line, versions
 from difa_fx.plan import Method, Plan
 
 PLANS = Path(__file__).parent / "plans"

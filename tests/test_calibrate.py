@@ -19,6 +19,7 @@ from torch import nn
 from zoo import text_of, zoo_case
 
 import difa_fx
+import difa_fx.calibration
 from difa_fx.checkpoint import Record
 from difa_fx.errors import CalibrationError, DifaError, OptionError, PlanError, PlanFileError
 from difa_fx.findings import first_admitting_threshold
@@ -186,6 +187,25 @@ def test_other_budgets_use_the_same_profile(tmp_path: Path, monkeypatch: pytest.
     looser = calibrated(found, calls, tmp_path, target_flops=0.8)
     assert not tried  # every trial ends with a `complete`
     assert looser.provenance["calibration"]["predicted"]["flops_kept"] <= 0.8
+
+
+def test_what_was_found_belongs_to_versions_and_for_seconds_to_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = dit(layers=2)
+    calls = found.generation(STEPS)
+    goals: list[dict[str, Any]] = [{"threshold": 0.3}, {"target_speedup": 1.02}]
+
+    def fingerprints() -> list[str]:
+        plans = [calibrated(found, calls, tmp_path, **goal) for goal in goals]
+        return [plan.provenance["calibration"]["fingerprint"] for plan in plans]
+
+    here = fingerprints()
+    monkeypatch.setattr(difa_fx.calibration, "hardware", lambda: {"cpu": "another"})
+    elsewhere = fingerprints()
+    assert elsewhere[0] == here[0] and elsewhere[1] != here[1]
+    monkeypatch.setattr(difa_fx.calibration, "versions", lambda: {"difa_fx": "another"})
+    assert not set(fingerprints()) & {*here, *elsewhere}
 
 
 @pytest.mark.parametrize("goal", [{"target_flops": 0.01}, {"target_speedup": 50.0}])

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from difa_fx.bench.settings import Settings, without_graphs
 from difa_fx.bench.subject import Subject
 from difa_fx.bench.timing import Contender, Seconds
-from difa_fx.device_time import recorded
-from difa_fx.profile import timed
+from difa_fx.device_time import recorded, timed
 
 Key = tuple[object, ...]
 

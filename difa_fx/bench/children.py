@@ -30,9 +30,9 @@ from difa_fx.bench.settings import SETTLED, Settings, Size, uses_graphs
 from difa_fx.bench.shapes import make_subject
 from difa_fx.bench.subject import Subject, timesteps
 from difa_fx.bench.timing import Spread, ratios
+from difa_fx.device_time import timed
 from difa_fx.errors import BenchmarkError
 from difa_fx.plan import Plan
-from difa_fx.profile import timed
 from difa_fx.session import reset
 
 Answer = dict[str, Any]

@@ -10,13 +10,13 @@ import torch
 
 from difa_fx.bench.children import compare
 from difa_fx.bench.dynamo import room
-from difa_fx.bench.hardware import hardware, versions
 from difa_fx.bench.method_race import race_methods
 from difa_fx.bench.plan_race import race_plan
 from difa_fx.bench.plans import fitted_plan, method_plan, methods_of, window_of
 from difa_fx.bench.records import Bench, Case
 from difa_fx.bench.settings import Settings, Size, size_json
 from difa_fx.bench.shapes import make_subject
+from difa_fx.hardware import hardware, versions
 from difa_fx.plan import Plan
 
 Window = str | int | None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from difa_fx.bench.hardware import machine_line
 from difa_fx.bench.records import ALLOCATED, RESERVED, Bench, Case, Compiled, Race, Row
 from difa_fx.bench.timing import Spread
+from difa_fx.hardware import machine_line
 
 NOTES: Final = """\
 Every contender runs once in each round, in rotating order; a time is the median of the rounds, a ratio the median of

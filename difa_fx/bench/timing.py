@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
-from difa_fx.profile import timed
+from difa_fx.device_time import timed
 
 
 def _nothing() -> None:

@@ -38,6 +38,14 @@ def hardware() -> dict[str, Any]:
     return found
 
 
+def device_of(kind: str) -> dict[str, Any]:
+    """The device of a kind that tensors lie on: its name and, of a CPU, torch's threads."""
+    found = hardware()
+    if kind == "cuda" and "gpu" in found:
+        return {"type": kind, "name": found["gpu"]}
+    return {"type": kind, "name": found["cpu"], "threads": found["threads"]} if kind == "cpu" else {"type": kind}
+
+
 def machine_line(machine: Mapping[str, Any]) -> str:
     """A :func:`hardware` record in a line, for people: the processor, its threads, and the environment."""
     found = f"{machine['cpu']}, {machine['threads']} threads"
