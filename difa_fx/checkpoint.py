@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from difa_fx.errors import PlanFileError
-from difa_fx.plan_io import read_json, write_text
+from difa_fx.plan_io import default_folder, read_json, write_text
 
 FORMAT = "difa.calibration"
 VERSION = 2
@@ -92,13 +92,6 @@ def open_record(fingerprint: str, folder: str | os.PathLike[str] | None, *, fres
 def _digest(found: str) -> str:
     """Tells findings that were written here from any others, which are not to be gone on with."""
     return hashlib.sha256(found.encode()).hexdigest()
-
-
-def default_folder() -> Path:
-    """Where records lie when nothing is said."""
-    own = os.environ.get("DIFA_CACHE_DIR")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(own) if own else Path(base) / "difa_fx"
 
 
 def fingerprint_of(settings: Mapping[str, Any], denoiser: nn.Module) -> str:

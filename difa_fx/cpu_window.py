@@ -1,6 +1,6 @@
 """Window attention on CPU by a kernel of our own, ``cpu_window.cpp``: in float32, along one axis, with text or without.
 
-The source is built by the C++ compiler that Inductor uses, and kept in Inductor's cache.
+The source is built by the C++ compiler that Inductor uses, and kept where nobody but the user can write.
 
 Letters: B batch, H heads, N tokens, D head width.
 """
@@ -18,8 +18,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from difa_fx._torch import build_cpp
+from difa_fx._torch import build_cpp, cache_folder
 from difa_fx.banded import like_attention
+from difa_fx.private_folder import kernels_folder
 from difa_fx.window_ops import implement
 
 _SOURCE: Final = Path(__file__).with_name("cpu_window.cpp")
@@ -50,7 +51,7 @@ def build_in_background() -> None:
 def _kernel() -> Callable[..., None] | None:
     """The kernel, built once; None, after a warning, where there is no compiler for it."""
     try:
-        kernel = build_cpp(_SOURCE.read_text(encoding="utf-8")).difa_window
+        kernel = build_cpp(_SOURCE.read_text(encoding="utf-8"), kernels_folder(cache_folder())).difa_window
     except (RuntimeError, OSError) as error:
         warnings.warn(
             f"the C++ kernel for windows cannot be built, so they run as tiles, which is slower: {error}", stacklevel=2

@@ -148,7 +148,9 @@ def _fastest(like: Tensor, sizes: Sequence[int], shape: Mapping[str, Any], refre
 def _inputs(like: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Queries, keys and values, [B, H, N, D], as projections yield them, and a residual, [B, N, H, D]."""
     batch, heads, tokens, width = sizes
-    made = [torch.randn(batch, tokens, heads, width, dtype=like.dtype, device=like.device) for _ in range(4)]
+    own = torch.Generator(like.device).manual_seed(0)  # the user's generators stay where they are
+    form: dict[str, Any] = {"dtype": like.dtype, "device": like.device, "generator": own}
+    made = [torch.randn(batch, tokens, heads, width, **form) for _ in range(4)]
     return [*(value.transpose(1, 2) for value in made[:3]), made[3]]
 
 

@@ -317,3 +317,10 @@ def _not_json(value: object, where: str) -> PlanError:
         allowed="null, booleans, finite numbers, text, lists, and objects whose keys are text",
         todo="convert it first, for example with float(value) or str(value)",
     )
+
+
+def default_folder() -> Path:
+    """Where files lie that can be made again, when nothing is said."""
+    own = os.environ.get("DIFA_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(own) if own else Path(base) / "difa_fx"

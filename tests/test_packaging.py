@@ -22,6 +22,7 @@ LAYERS = (
     ("plan_steps",),
     ("plan",),
     ("findings",),
+    ("private_folder",),
     ("_torch",),
     ("hardware",),
     ("banded", "block_masks", "cuda_recorder", "device_time"),

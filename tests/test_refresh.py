@@ -83,7 +83,7 @@ def test_the_operators_are_what_they_tell_the_compiler() -> None:
 
 
 def test_without_a_compiler_windows_are_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(source: str) -> None:
+    def missing(source: str, folder: object) -> None:
         raise RuntimeError("no g++")
 
     shape = {"like": torch.empty(0), "grid": (512,), "size": (4,), "text": (0, 0), "masked": False}

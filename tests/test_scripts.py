@@ -117,7 +117,7 @@ def test_the_cache_holds_a_finished_search(tmp_path: Path, monkeypatch: pytest.M
     def searched(self: object) -> Plan:
         raise AssertionError("searched again")
 
-    monkeypatch.setattr(module._Calibration, "run", searched)
+    monkeypatch.setattr(module.CalibrationJob, "run", searched)
     again = ran(run_dit, tmp_path, "--debug", "--use_cache")
     assert again["plan"]["digest"] == first["plan"]["digest"]
     with pytest.raises(AssertionError, match="searched again"):

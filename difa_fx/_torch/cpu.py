@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import inspect
+import hashlib
 import platform
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
 
-from torch._inductor.codecache import CppCodeCache
+from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
 from torch._inductor.cpu_vec_isa import pick_vec_isa, supported_vec_isa_list, x86_isa_checker
+
+from difa_fx.private_folder import is_private
 
 
 @functools.cache
@@ -37,17 +40,27 @@ def _find_vector_units() -> None:
     pick_vec_isa()
 
 
-def build_cpp(source: str) -> ctypes.CDLL:
-    """C++ ``source`` built for this CPU, with OpenMP and torch's libraries, and loaded; kept in Inductor's cache.
+def build_cpp(source: str, folder: Path) -> ctypes.CDLL:
+    """C++ ``source`` built for this CPU, with OpenMP and torch's libraries, and loaded; kept in ``folder``.
+
+    What lies in ``folder`` is loaded as it is, so nobody else may be able to write to it.
 
     Raises RuntimeError or OSError where there is no compiler, or the source does not compile.
-    Wraps ``CppCodeCache``.
+    Wraps ``CppBuilder``.
     """
     cpu_codegen()()
-    asks = "needs_vec_isa" in inspect.signature(CppCodeCache.load_async).parameters  # 2.13; before, it always has one
-    settings: dict[str, Any] = {"needs_vec_isa": True} if asks else {}
     # Inductor writes vector code itself and turns the compiler's own off, and with it products fused with sums.
     flags = ["-ftree-loop-vectorize", "-fno-math-errno", "-ffp-contract=fast"]
-    load = CppCodeCache.load_async(source, extra_flags=flags, **settings)
-    found: ctypes.CDLL = load()
-    return found
+    settings = CppTorchDeviceOptions(vec_isa=pick_vec_isa(), device_type="cpu", extra_flags=flags)
+    command = CppBuilder("kernel", "kernel.cpp", settings).get_command_line()
+    built = folder / f"{hashlib.sha256(f'{command} {source}'.encode()).hexdigest()[:32]}.so"
+    if not (built.exists() and is_private(built)):
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            code = Path(scratch, "kernel.cpp")
+            code.write_text(source, encoding="utf-8")
+            builder = CppBuilder("kernel", str(code), settings, output_dir=scratch)
+            builder.build()
+            target = Path(builder.get_target_file_path())
+            target.chmod(0o700)
+            target.replace(built)
+    return ctypes.CDLL(str(built))

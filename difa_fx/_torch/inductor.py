@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,20 +119,56 @@ def _lift_constants(gm: torch.fx.GraphModule, mode: FakeTensorMode) -> list[Tens
 def deferred_kernels() -> Iterator[None]:
     """Within, kernels are built in the background while the next graph is lowered; at the end all are ready.
 
-    Inductor waits for a graph's kernels as soon as its module is loaded.  Here that wait is put off: pieces that
-    share two cores take turns at Python and at the C++ compiler.  Not for CUDA: Triton's kernels are built by a pool of
-    processes, and of one that two graphs share the result can be fetched once.  Replaces ``AsyncCompile.wait`` for the
-    time.
+    Inductor waits for a graph's kernels as soon as its module is loaded.  Here that wait is put off, in this thread
+    alone: pieces that share two cores take turns at Python and at the C++ compiler.  Not for CUDA: Triton's kernels are
+    built by a pool of processes, and of one that two graphs share the result can be fetched once.  Wraps
+    ``AsyncCompile.wait`` as long as any thread is within.
     """
-    waiting: list[tuple[AsyncCompile, dict[str, Any]]] = []
-    wait = AsyncCompile.wait
-    AsyncCompile.wait = lambda self, scope: waiting.append((self, scope))  # type: ignore[method-assign]
+    before, _own.waiting = getattr(_own, "waiting", None), []
+    with _deferring:
+        if not _deferring.threads:
+            _deferring.wait = AsyncCompile.wait
+            AsyncCompile.wait = _wait_or_defer  # type: ignore[method-assign]
+        _deferring.threads += 1
     try:
         yield
     finally:
-        AsyncCompile.wait = wait  # type: ignore[method-assign]
-        for compiler, scope in waiting:
-            wait(compiler, scope)
+        waiting, _own.waiting = _own.waiting, before
+        try:
+            for compiler, scope in waiting:
+                compiler.wait(scope)
+        finally:
+            with _deferring:
+                _deferring.threads -= 1
+                if not _deferring.threads and AsyncCompile.wait is _wait_or_defer:
+                    AsyncCompile.wait = _deferring.wait  # type: ignore[method-assign]
+
+
+class _Deferring:
+    """How many threads put off waiting, and what waits; to be changed within ``with`` alone."""
+
+    def __init__(self) -> None:
+        self.threads = 0
+        self.wait = AsyncCompile.wait
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+_deferring = _Deferring()
+_own = threading.local()
+
+
+def _wait_or_defer(self: AsyncCompile, scope: dict[str, Any]) -> None:
+    waiting = getattr(_own, "waiting", None)
+    if waiting is None:
+        _deferring.wait(self, scope)
+    else:
+        waiting.append((self, scope))
 
 
 def inductor_mode(mode: str | None) -> dict[str, Any]:
