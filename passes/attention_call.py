@@ -25,7 +25,9 @@ class AttentionCall:
         result: the node that yields softmax(q k^T scale + mask) v.
         layout: order of the axes.
         keys_transposed: ``k`` has its last two axes swapped.
+        values_transposed: ``v`` and the result have them swapped: channels come first.
         mask: the model's own, bool or additive, or None.
+        filled: where ``mask`` is bool and scores are overwritten: its value there, and the score.
         scale: of the scores; None stands for 1 / sqrt(D).
         refused: why it cannot be cut to a window; empty when it can.
         refused_halves: why one half of its batch cannot be taken; empty when it can.
@@ -37,7 +39,9 @@ class AttentionCall:
     result: fx.Node
     layout: Layout = "BHND"
     keys_transposed: bool = False
+    values_transposed: bool = False
     mask: fx.Node | None = None
+    filled: tuple[bool, float] | None = None
     scale: float | None = None
     refused: str = ""
     refused_halves: str = ""
@@ -64,12 +68,17 @@ class AttentionCall:
     @property
     def kv_tokens(self) -> int:
         """Number of keys, M."""
-        return shape_of(self.v)[1 if self.layout == "BNHD" else -2]
+        return shape_of(self.v)[1 if self.layout == "BNHD" else -1 if self.values_transposed else -2]
 
     @property
     def token_axis(self) -> int:
-        """Axis of the tokens in the queries and the result."""
+        """Axis of the tokens in the queries."""
         return 1 if self.layout == "BNHD" else len(shape_of(self.q)) - 2
+
+    @property
+    def result_axis(self) -> int:
+        """Axis of the tokens in the result."""
+        return self.token_axis + self.values_transposed
 
     def batch_axis(self, axis: int) -> int:
         """Where axis ``axis`` of the result stands in [B, H, N, D]."""

@@ -22,8 +22,11 @@ from torch import fx
 
 from difa_fx.passes import batch_compute, batch_shapes
 from difa_fx.passes.batch_step import Axes, LostBatchError, Step
-from difa_fx.passes.graph_tools import takes_dtype_alone
+from difa_fx.passes.graph_tools import is_library_operator, takes_dtype_alone
 from difa_fx.passes.opaque_attention import is_opaque_attention
+
+_ROW_BY_ROW: Final = frozenset({"bitsandbytes"})
+"""Libraries whose operators of one activation are linears: each row of it on its own."""
 
 _RULES: Final = {**batch_shapes.RULES, **batch_compute.RULES}
 
@@ -43,6 +46,8 @@ def follow(node: fx.Node, axes: Axes) -> Step | None:
             rule = batch_compute.broadcast
         elif is_opaque_attention(node):
             rule = batch_compute.opaque_attention
+        elif is_library_operator(node) and target.namespace in _ROW_BY_ROW:  # type: ignore[union-attr]
+            rule = batch_compute.row_by_row
         else:
             raise LostBatchError(node, "no rule says how this operation carries the batch")
     return rule(node, axes)

@@ -27,6 +27,11 @@ RULES = Rules()
     aten.full_like.default,
     aten.alias.default,
     aten.masked_fill.Tensor,
+    aten.masked_fill.Scalar,
+    aten.where.self,
+    aten.where.Scalar,
+    aten.where.ScalarSelf,
+    aten.where.ScalarOther,
     aten.expand_as.default,
     aten.lerp.Tensor,
 )
@@ -52,6 +57,14 @@ def _cast(node: fx.Node, axes: Axes) -> Step:
 def _linear(node: fx.Node, axes: Axes) -> Step:
     source, axis = only_leading(node, axes)
     if axis == len(shape_of(source)) - 1:
+        raise LostBatchError(node, "it mixes along the batch")
+    return Step(axis)
+
+
+def row_by_row(node: fx.Node, axes: Axes) -> Step:
+    """A linear of a library, whose weights have no batch."""
+    source, axis = only_leading(node, axes)
+    if axis == len(shape_of(source)) - 1 or shape_of(node)[:-1] != shape_of(source)[:-1]:
         raise LostBatchError(node, "it mixes along the batch")
     return Step(axis)
 
@@ -120,6 +133,7 @@ def _norm(node: fx.Node, axes: Axes) -> Step:
     aten.conv3d.default,
     aten.conv2d.padding,
     aten.conv1d.padding,
+    aten.conv3d.padding,
     aten.conv_transpose1d.default,
     aten.conv_transpose2d.input,
     aten.conv_transpose3d.input,

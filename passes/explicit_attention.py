@@ -1,21 +1,21 @@
 """Attention spelled out: a product of queries and keys, a softmax, a product with values.
 
     q @ k^T -> [scale, mask, casts] -> softmax -> [casts] -> @ v      [..., N, D]
+                                                  [swap]  -> v^T @    [..., D, N]
 
-The scale may stand on either side of the first product, the mask may come as a sum or with ``baddbmm``, heads may be
-folded into the batch, and views may lie between.
+The scale may stand on either side of the first product; the mask may come as a sum, with ``baddbmm``, or overwrite
+scores (``masked_fill``, ``where``); heads may be folded into the batch; and views may lie between.
 
 Letters: N tokens, M key tokens, D head width.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from difa_fx.passes.attention_call import AttentionCall, Layout, UnreadCall
 from difa_fx.passes.graph_tools import ancestors, arg, axis_order, descendants, shape_of, tensor_of
@@ -26,7 +26,13 @@ SOFTMAX: Final = frozenset({aten.softmax.int, aten._softmax.default})
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 _CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.contiguous.default, aten.clone.default}
 _CASTS |= {aten.dropout.default, aten.type_as.default}
+_PERMUTES = {aten.permute.default, aten.transpose.int}
 _VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+_CHOICES = {aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar}
+_FULL = {aten.full.default, aten.full_like.default, aten.scalar_tensor.default, aten.new_full.default}
+_HANDED_ON = {aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach.default, aten.clone.default, *_CASTS}
+_MASKED: Final = -1e4
+"""A score that is overwritten with less than this weighs nothing."""
 _VIEWS |= {aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints, aten.unflatten.int}
 
 
@@ -36,6 +42,7 @@ class _Scores:
 
     scale: float = 1.0
     mask: fx.Node | None = None
+    filled: tuple[bool, float] | None = None
     masked_shape: tuple[int, ...] = ()
     refused: str = ""
 
@@ -44,25 +51,38 @@ def explicit_attention(softmax: fx.Node) -> AttentionCall | UnreadCall | None:
     """The attention around a softmax, or None when its result weighs nothing."""
     if tensor_of(softmax) is None or arg(softmax, "dim") not in (-1, len(shape_of(softmax)) - 1):
         return None
-    weighed = _weighing(softmax)
-    if weighed is None:
+    found = _weighing(softmax)
+    if found is None:
         return None
-    if isinstance(weighed, str):
-        return UnreadCall(softmax, weighed)
+    if isinstance(found, str):
+        return UnreadCall(softmax, found)
+    weighed, swapped = found
     product, scores = _product(arg(softmax, "self"))
     if product is None:
         return UnreadCall(softmax, "its scores are no product of queries and keys")
     left, right = _operands(product, scores)
-    value = weighed.args[1]
+    value = weighed.args[0 if swapped else 1]
     assert isinstance(value, fx.Node)
     inner = descendants([product]) & ancestors([weighed])
     if any(node is not weighed and not inner.issuperset(node.users) for node in inner):
         return UnreadCall(softmax, "its scores or weights are read elsewhere too")
-    refused = scores.refused or _shape_refusal(left, right, value, weighed)
+    refused = scores.refused or _shape_refusal(left, right, value, weighed, swapped=swapped)
     if not refused and scores.mask is not None and len(scores.masked_shape) != len(shape_of(left)):
         refused = "its mask is added in another shape than its queries have"
     layout: Layout = "BHND" if len(shape_of(left)) >= 4 else "BND"
-    return AttentionCall(left, right, value, weighed, layout, True, scores.mask, scores.scale, refused=refused)
+    return AttentionCall(
+        left,
+        right,
+        value,
+        weighed,
+        layout,
+        keys_transposed=True,
+        values_transposed=swapped,
+        mask=scores.mask,
+        filled=scores.filled,
+        scale=scores.scale,
+        refused=refused,
+    )
 
 
 def linear_attention(product: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -85,19 +105,33 @@ def _divides(node: fx.Node) -> bool:
     return node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float))
 
 
-def _weighing(softmax: fx.Node) -> fx.Node | str | None:
-    """The product with the values; a reason when it cannot be read; None when there is none."""
-    node = softmax
+def _weighing(softmax: fx.Node) -> tuple[fx.Node, bool] | str | None:
+    """The product with the values, and whether weights and values have changed places in it; or why it cannot be read.
+
+    None where there is no such product.
+    """
+    node, swapped = softmax, False
     while True:
         users = list(node.users)
         products = [user for user in users if user.target in _PRODUCTS]
         if products:
-            if len(users) > 1 or products[0].target is aten.baddbmm.default:
+            if (
+                len(users) > 1
+                or products[0].target is aten.baddbmm.default
+                or products[0].args[0] is products[0].args[1]
+            ):
                 return "its weights are read elsewhere too"
-            return products[0] if products[0].args[0] is node else "its weights stand on the right of a product"
-        if len(users) != 1 or not _carries(users[0]):
+            if (products[0].args[0] is node) != swapped:
+                return products[0], swapped
+            return "its weights stand on the wrong side of a product"
+        if len(users) != 1:
             return None
-        (node,) = users
+        (user,) = users
+        if _swaps_last(user):
+            swapped = not swapped
+        elif not _carries(user):
+            return None
+        node = user
 
 
 def _product(start: Any) -> tuple[fx.Node | None, _Scores]:
@@ -128,8 +162,44 @@ def _above(node: fx.Node, found: _Scores) -> fx.Node | None:
             found.refused = "its mask is scaled"
         found.mask, found.masked_shape = mask, shape_of(node)
         return scores
+    filled = _filled(node)
+    if filled is not None:
+        scores, mask, found.filled = filled
+        if found.mask is not None:
+            found.refused = "it has two masks"
+        elif found.scale != 1:
+            found.refused = "its mask is scaled"
+        found.mask, found.masked_shape = mask, shape_of(node)
+        return scores
     found.refused = f"its scores pass through {target}"
     return source
+
+
+def _filled(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[bool, float]] | None:
+    """Scores that are overwritten under a mask; that mask; its value where they are, and with what."""
+    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        scores, mask, where, score = node.args[0], node.args[1], True, _number(node.args[2])
+    elif node.target in _CHOICES:
+        mask, one, other = node.args[:3]
+        where = _number(one) is not None
+        scores, score = (other, _number(one)) if where else (one, _number(other))
+    else:
+        return None
+    if score is None or not score <= _MASKED or not isinstance(scores, fx.Node) or not isinstance(mask, fx.Node):
+        return None
+    return scores, mask, (where, score)
+
+
+def _number(value: object) -> float | None:
+    """A number, be it in a tensor that is filled with it or in a constant of the graph."""
+    while isinstance(value, fx.Node) and value.target in _HANDED_ON:
+        value = value.args[0]
+    if isinstance(value, fx.Node) and value.target in _FULL:
+        value = arg(value, "s" if value.target is aten.scalar_tensor.default else "fill_value")
+    elif isinstance(value, fx.Node) and value.op == "get_attr":
+        held = getattr(value.graph.owning_module, str(value.target), None)
+        value = held.item() if isinstance(held, Tensor) and type(held) is Tensor and held.numel() == 1 else None
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _leads_to_product(node: fx.Node) -> bool:
@@ -145,15 +215,23 @@ def _leads_to_product(node: fx.Node) -> bool:
 
 def _carries(node: fx.Node) -> bool:
     """Whether a node casts what it reads or gives it another shape, with the numbers in the same order."""
-    if node.target not in (aten.permute.default, aten.transpose.int):
+    if node.target not in _PERMUTES:
         return node.target in _CASTS or node.target in _VIEWS
+    moved = _moved(node)
+    return moved == sorted(moved)
+
+
+def _swaps_last(node: fx.Node) -> bool:
+    """Whether a node swaps the last two axes, leaving aside those of size 1, and moves no other."""
+    moved = _moved(node) if node.target in _PERMUTES else []
+    return len(moved) >= 2 and [*moved[:-2], moved[-1], moved[-2]] == sorted(moved) and moved != sorted(moved)
+
+
+def _moved(node: fx.Node) -> list[int]:
+    """The axes that a permutation reads, in its order, without those of size 1."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    before = tensor_of(source)
-    if before is None:
-        return False
-    moved = [axis for axis in axis_order(node) if before.shape[axis] != 1]
-    return moved == sorted(moved)
+    return [axis for axis in axis_order(node) if shape_of(source)[axis] != 1]
 
 
 def _operands(product: fx.Node, scores: _Scores) -> tuple[fx.Node, fx.Node]:
@@ -173,11 +251,11 @@ def _operands(product: fx.Node, scores: _Scores) -> tuple[fx.Node, fx.Node]:
     return left, right
 
 
-def _shape_refusal(q: fx.Node, keys_DM: fx.Node, v: fx.Node, result: fx.Node) -> str:
+def _shape_refusal(q: fx.Node, keys_DM: fx.Node, v: fx.Node, result: fx.Node, *, swapped: bool) -> str:
     q_shape, v_shape, out = shape_of(q), shape_of(v), shape_of(result)
     same = q_shape[:-2] == v_shape[:-2] == shape_of(keys_DM)[:-2] == out[:-2]
     if not same or len(q_shape) not in (3, 4):
         return "its queries, keys and values are not of one shape"
-    if math.prod(out[:-1]) != math.prod(q_shape[:-1]):
+    if out[-1 if swapped else -2] != q_shape[-2]:
         return "its result has another shape than its queries"
     return ""

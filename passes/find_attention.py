@@ -23,7 +23,7 @@ from difa_fx.passes.batch_axis import batch_axes, follow
 from difa_fx.passes.batch_step import LostBatchError
 from difa_fx.passes.canonicalize import CanonicalGraph
 from difa_fx.passes.explicit_attention import linear_attention
-from difa_fx.passes.graph_tools import ancestors, call_of, descendants, module_path, placeholders, shape_of
+from difa_fx.passes.graph_tools import ancestors, call_of, descendants, module_path, owner_path, placeholders, shape_of
 from difa_fx.passes.inputs import DenoiserInputs, denoiser_inputs
 from difa_fx.passes.regions import Search, climb, data_of, descend, meeting, origin, projection_flops
 from difa_fx.passes.sites import Attention, AttentionSite, RejectedSite
@@ -71,8 +71,13 @@ def _prepare(canonical: CanonicalGraph, inputs: DenoiserInputs, calls: Iterable[
         axes=axes,
         lost=lost,
         batch=inputs.batch,
-        tokens=token_runs(graph, stream, {call.result: call.q for call in calls}),
+        tokens=token_runs(graph, stream, {call.result: (call.q, call.result_axis) for call in calls}),
         order={node: i for i, node in enumerate(graph.nodes)},
+        modules={
+            node: owner_path(source)
+            for node, source in zip(nodes, canonical.sources, strict=True)
+            if node in canonical.parameters
+        },
     )
 
 
@@ -88,7 +93,7 @@ def _site_of(call: AttentionCall | UnreadCall, search: Search) -> AttentionSite 
     if isinstance(call, UnreadCall):
         return RejectedSite(module_path(call.node) or "attention", call.node, call.reason)
     projections = [climb(node, search) for node in (call.q, call.k, call.v)]
-    path = _common_path([call.result, *(p for found in projections for p in found)])
+    path = _common_path([call.result, *(p for found in projections for p in found)], search)
     sources = _sources(call, projections, path, search)
     if isinstance(sources, str):
         return RejectedSite(path, call.result, sources)
@@ -122,7 +127,7 @@ def _sources(
         return "nothing it reads depends on the latents"
     if not projections[0] or call.q not in search.stream:
         return "no linear projection of the latents leads to its queries"
-    q, k, v = ({data_of(p) for p in found} for found in projections)
+    q, k, v = ({data_of(p, search) for p in found} for found in projections)
     q, k, v = ({origin(source, q | k | v, path, search) for source in found} for found in (q, k, v))
     if q == k == v or (q <= k and q <= v):
         return search.sorted(q | k | v)
@@ -134,14 +139,27 @@ def _sources(
     return "its queries come from sources that its keys or values do not come from"
 
 
-def _common_path(nodes: Sequence[fx.Node]) -> str:
-    """The innermost module that all ``nodes`` live in, the first of them being the attention itself."""
-    first, *_ = nodes
-    levels = zip(*(module_path(node).partition("@")[0].split(".") for node in nodes), strict=False)
-    common = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)]
-    path = ".".join(common)
+def _common_path(nodes: Sequence[fx.Node], search: Search) -> str:
+    """The innermost module that all ``nodes`` live in, the first of them being the attention itself.
+
+    Where a trace does not say (in a ``torch.autograd.Function``), it is the one that has the projections' parameters.
+    """
+    first, *projections = nodes
+    path = _prefix(module_path(node).partition("@")[0] for node in nodes)
+    if not path:
+        near = (source for node in projections for source in node.all_input_nodes)
+        owners = [
+            search.modules[n] for n in ancestors(n for n in near if n in search.from_parameters) if n in search.modules
+        ]
+        return _prefix(owner.rpartition(".")[0] for owner in owners) or "attention"
     call = call_of(first, path)
-    return (path or "attention") + (f"@{call}" if call else "")
+    return path + (f"@{call}" if call else "")
+
+
+def _prefix(paths: Iterable[str]) -> str:
+    """The innermost module that holds all of these."""
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def _follow_region(

@@ -48,6 +48,17 @@ def clean_path(raw: str) -> str:
     return ".".join(part for part in parts if part != "_orig_mod")
 
 
+def owner_path(source: str) -> str:
+    """Path of the module that owns a parameter or buffer, from Dynamo's name of it.
+
+    >>> owner_path("L['self']._modules['attn']._modules['to_q']._parameters['weight']")
+    'attn.to_q'
+    """
+    module, known, _ = source.partition("._parameters[")
+    module, known, _ = (module, known, "") if known else source.partition("._buffers[")
+    return clean_path(module) if known else clean_path(source).rpartition(".")[0]
+
+
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module a node was traced in; empty for the root's own forward.
 
@@ -163,6 +174,11 @@ def axis_order(node: fx.Node) -> list[int]:
     one, other = (0, 1) if node.target is torch.ops.aten.t.default else (arg(node, name) for name in names)
     order[one], order[other] = order[other], order[one]
     return order
+
+
+def is_library_operator(node: fx.Node) -> bool:
+    """Whether a node calls an operator that some library has registered with torch."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims")
 
 
 def is_write(node: fx.Node) -> bool:

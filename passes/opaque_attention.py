@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import fx
 
 from difa_fx.passes.attention_call import AttentionCall, Layout
-from difa_fx.passes.graph_tools import arg, shape_of, tensor_of
+from difa_fx.passes.graph_tools import arg, is_library_operator, shape_of, tensor_of
 from difa_fx.passes.head_axes import head_axis
 
 _QUERY, _KEY, _VALUE = ("q", "query", "queries"), ("k", "key", "keys"), ("v", "value", "values")
@@ -33,8 +32,7 @@ _HEADS_FIRST = ("HND", "BHSD", "BHND")
 
 def is_opaque_attention(node: fx.Node) -> bool:
     """Whether ``node`` is an operator of some library that takes q, k and v by these names."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "aten":
+    if not is_library_operator(node):
         return False
     given = [_named(node, names) for names in (_QUERY, _KEY, _VALUE)]
     return all(isinstance(n, fx.Node) and tensor_of(n) is not None for n in given)

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from difa_fx.passes.batch_step import LostBatchError
-from difa_fx.passes.graph_tools import block_of, module_path, shape_of, tensor_of, within
+from difa_fx.passes.graph_tools import block_of, is_library_operator, module_path, shape_of, tensor_of, within
 from difa_fx.passes.token_axis import Known
 
 aten = torch.ops.aten
@@ -30,10 +30,13 @@ _PROJECTIONS = {
     aten.conv1d.default: (0, 1),
     aten.conv2d.default: (0, 1),
     aten.conv3d.default: (0, 1),
+    aten.conv1d.padding: (0, 1),
+    aten.conv2d.padding: (0, 1),
+    aten.conv3d.padding: (0, 1),
 }
 """Operation to the positions of its data and its weight."""
 
-_WEIGHT_OUT_FIRST = {aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+_WEIGHT_OUT_FIRST = set(_PROJECTIONS) - {aten.addmm.default, aten.mm.default, aten.matmul.default}
 
 _CARRIERS = {
     aten.view.default,
@@ -75,6 +78,7 @@ class Search:
         batch: B.
         tokens: which tokens are text.
         order: position of each node.
+        modules: for each parameter the path of the module that it belongs to.
     """
 
     stream: set[fx.Node]
@@ -85,6 +89,7 @@ class Search:
     batch: int | None
     tokens: Known
     order: dict[fx.Node, int]
+    modules: dict[fx.Node, str]
 
     def sorted(self, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
         """``nodes`` in graph order, without repeats."""
@@ -118,14 +123,32 @@ def is_projection(node: fx.Node, search: Search) -> bool:
     """Whether ``node`` multiplies data by a parameter."""
     positions = _PROJECTIONS.get(node.target)  # type: ignore[call-overload]
     if positions is None:
-        return False
+        return _is_library_projection(node, search)
     weight = node.args[positions[1]]
     return isinstance(weight, fx.Node) and weight in search.from_parameters
 
 
-def data_of(projection: fx.Node) -> fx.Node:
+def _is_library_projection(node: fx.Node, search: Search) -> bool:
+    """Whether an operator of a library takes one activation and a matrix of parameters, and keeps all axes but one.
+
+    So do linears of quantized weights.
+    """
+    if not is_library_operator(node) or tensor_of(node) is None:
+        return False
+    data = [source for source in node.all_input_nodes if source in search.changing]
+    matrices = [n for n in node.all_input_nodes if n in search.from_parameters and len(_sizes(n)) >= 2]
+    return len(data) == 1 and bool(matrices) and _sizes(data[0])[:-1] == _sizes(node)[:-1] != ()
+
+
+def _sizes(node: fx.Node) -> tuple[int, ...]:
+    return () if tensor_of(node) is None else shape_of(node)
+
+
+def data_of(projection: fx.Node, search: Search) -> fx.Node:
     """What a projection reads."""
-    source = projection.args[_PROJECTIONS[projection.target][0]]  # type: ignore[index]
+    if projection.target not in _PROJECTIONS:
+        return next(source for source in projection.all_input_nodes if source in search.changing)
+    source = projection.args[_PROJECTIONS[projection.target][0]]
     assert isinstance(source, fx.Node)
     return source
 
@@ -194,7 +217,7 @@ def _below(node: fx.Node, projected: bool, search: Search) -> list[tuple[fx.Node
     users = list(node.users)
     if len(users) == 1 and users[0].op == "call_function":
         (user,) = users
-        if is_projection(user, search) and data_of(user) is node:
+        if is_projection(user, search) and data_of(user, search) is node:
             return [] if projected else [(user, True)]
         if user.target in _SPLITS:
             return [(user, projected)]

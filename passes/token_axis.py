@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -73,20 +73,21 @@ Known = dict[fx.Node, Tokens]
 Rule = Callable[[fx.Node, Known], "Tokens | None"]
 
 
-def token_runs(graph: fx.Graph, stream: Set[fx.Node], queries: Mapping[fx.Node, fx.Node]) -> Known:
+def token_runs(graph: fx.Graph, stream: Set[fx.Node], queries: Mapping[fx.Node, tuple[fx.Node, int]]) -> Known:
     """The runs of tokens of every node that a concatenation leads to.
 
     Args:
         graph: a canonical graph.
         stream: what depends on the latents.
-        queries: the result of each attention, and its queries, whose tokens it has.
+        queries: the result of each attention; its queries, whose tokens it has; and the axis on which it has them.
     """
     known: Known = {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if node in queries:
-            found = known.get(queries[node])
+            source, axis = queries[node]
+            found = replace(known[source], axis=axis) if source in known else None
         elif node.target in _JOINS:
             found = _JOINS[node.target](node, known, stream)
         elif any(source in known for source in node.all_input_nodes):

@@ -77,7 +77,7 @@ def window_residual(graph: fx.Graph, site: AttentionSite, *, window: Window, ker
         args, settings = _windowed(graph, site, window, kernel, refresh=True)
         if settings.pop("at_once"):
             return _refreshed(graph, site, args, settings)
-        full = _heads_first(graph, site.call, site.call.result)
+        full = _heads_first(graph, site.call, site.call.result, transposed=site.call.values_transposed)
         return graph.call_function(attention.window_residual, (full, *args), settings)
 
 
@@ -118,7 +118,7 @@ def _windowed(
     call = site.call
     q = _heads_first(graph, call, call.q)
     k = _heads_first(graph, call, call.k, transposed=call.keys_transposed)
-    v = _heads_first(graph, call, call.v)
+    v = _heads_first(graph, call, call.v, transposed=call.values_transposed)
     queries, shared = call.heads
     if queries != shared:
         k, v = (_added(graph, aten.repeat_interleave.self_int, n, queries // shared, 1) for n in (k, v))
@@ -156,6 +156,8 @@ def _as_before(graph: fx.Graph, call: AttentionCall, node: fx.Node) -> fx.Node:
     assert want is not None
     if call.layout == "BNHD":
         node = _added(graph, aten.transpose.int, node, 1, 2)
+    if call.values_transposed:
+        node = _added(graph, aten.transpose.int, node, -2, -1)
     for _ in range(4 - want.ndim):
         node = _added(graph, aten.squeeze.dim, node, 0)
     value = tensor_of(node)
@@ -164,14 +166,17 @@ def _as_before(graph: fx.Graph, call: AttentionCall, node: fx.Node) -> fx.Node:
 
 
 def _mask(graph: fx.Graph, call: AttentionCall) -> fx.Node:
-    mask = call.mask
-    value = None if mask is None else tensor_of(mask)
-    assert mask is not None and value is not None
+    """The model's own mask, as something to add to scores or as bool, with the four axes of scores."""
+    q, mask = tensor_of(call.q), call.mask
+    assert q is not None and mask is not None
+    if call.filled is not None:
+        where, score = call.filled
+        sides = (score, 0.0) if where else (0.0, score)
+        mask = _added(graph, aten.where.Scalar, mask, *sides)
+    value = cast(Tensor, mask.meta["val"])
     while value.ndim < 4:
         mask = _added(graph, aten.unsqueeze.default, mask, 0)
         value = cast(Tensor, mask.meta["val"])
-    q = tensor_of(call.q)
-    assert q is not None
     exact = value.dtype in (torch.bool, q.dtype)
     return mask if exact else _added(graph, aten.to.dtype, mask, q.dtype)
 

@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from joint_toys import JointBlock, SingleBlock
 from models import CLASSES, Call, Case, Draw
 from opaque import OpaqueAttention
-from spellings import CompressedAttention, GroupedAttention, TimmAttention, TorchAttention
+from spellings import (
+    ChannelsFirstAttention,
+    CompressedAttention,
+    GroupedAttention,
+    MaskedAttention,
+    TimmAttention,
+    TorchAttention,
+)
 from stdit import STDiT
 from torch import Tensor, nn
 from zoo_joint import TEXT, build, paths, words
@@ -132,6 +139,18 @@ def kv_compressed() -> Case:
 def opaque(kind: str) -> Case:
     """Attention as an operator of another library; see :class:`~opaque.OpaqueAttention`."""
     return around("opaque", {"attn": functools.partial(OpaqueAttention, kind=kind)})
+
+
+def masked(masking: str) -> Case:
+    """Scores that are overwritten; see :class:`~spellings.MaskedAttention`."""
+    return around("masked", {"attn": functools.partial(MaskedAttention, masking=masking)})
+
+
+def channels_first(product: str, padding: int | str = 0) -> Case:
+    """Attention of convolution nets; see :class:`~spellings.ChannelsFirstAttention`."""
+    return around(
+        "channels_first", {"attn": functools.partial(ChannelsFirstAttention, product=product, padding=padding)}
+    )
 
 
 def two_in_block() -> Case:
@@ -252,6 +271,15 @@ HANDWRITTEN: Final[Mapping[str, Callable[[], Case]]] = {
     "opaque_xformers": functools.partial(opaque, "xformers"),
     "opaque_sage_hnd": functools.partial(opaque, "sage_hnd"),
     "opaque_sage_nhd": functools.partial(opaque, "sage_nhd"),
+    "masked_fill": functools.partial(masked, "fill"),
+    "masked_fill_inf": functools.partial(masked, "fill_inf"),
+    "masked_where": functools.partial(masked, "where"),
+    "masked_where_tensor": functools.partial(masked, "where_tensor"),
+    "masked_sdpa": functools.partial(masked, "sdpa"),
+    "channels_first_einsum": functools.partial(channels_first, "einsum"),
+    "channels_first_bmm": functools.partial(channels_first, "bmm", "same"),
+    "channels_first_function": functools.partial(channels_first, "function"),
+    "channels_first_sdpa": functools.partial(channels_first, "sdpa"),
     "two_in_block": two_in_block,
     "joint_projections_first": functools.partial(joint_toy, "projections", text_first=True),
     "joint_projections_last": functools.partial(joint_toy, "projections", text_first=False),

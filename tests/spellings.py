@@ -7,6 +7,9 @@ Letters: B batch, N tokens, D width, H heads, G groups of heads, d head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -199,3 +202,102 @@ class CompressedAttention(nn.Module):
         B, _, D = k_BND.shape
         k_BDHW = k_BND.reshape(B, self.side, self.side, D).permute(0, 3, 1, 2)
         return self.norm(self.sr(k_BDHW).reshape(B, D, -1).permute(0, 2, 1)).contiguous()
+
+
+class MaskedAttention(nn.Module):
+    """Tokens see those at most ``reach`` apart.
+
+    Args:
+        width: D.
+        heads: H.
+        tokens: N.
+        masking: scores are overwritten by "fill", "where", "where_tensor" or "fill_inf"; or "sdpa" has a mask.
+        reach: how far.
+    """
+
+    def __init__(self, width: int, heads: int, tokens: int, *, masking: str, reach: int = 40) -> None:
+        super().__init__()
+        self.heads, self.masking = heads, masking
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        place = torch.arange(tokens)
+        self.register_buffer("near", (place[:, None] - place).abs() <= reach)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x_BND).chunk(3, -1))
+        if self.masking == "sdpa":
+            y_BHNd = F.scaled_dot_product_attention(q, k, v, attn_mask=self.near)
+        else:
+            y_BHNd = self.masked(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return self.proj(y_BHNd.transpose(1, 2).flatten(2))
+
+    def masked(self, scores: Tensor) -> Tensor:
+        """Scores that are overwritten where tokens are far."""
+        lowest = torch.finfo(scores.dtype).min
+        if self.masking == "fill":
+            return scores.masked_fill(~self.near, lowest)
+        if self.masking == "fill_inf":
+            return scores.masked_fill_(self.near.logical_not()[None, None], float("-inf"))
+        other = torch.tensor(lowest) if self.masking == "where_tensor" else lowest
+        return torch.where(self.near, scores, other)
+
+
+class ChannelsFirstAttention(nn.Module):
+    """Attention of convolution nets, on [B, D, N]: ADM's, flow_matching's, LDM's.
+
+    Args:
+        width: D.
+        heads: H.
+        tokens: N, unused.
+        product: "einsum" or "bmm" with values on the left; "function" is the first in a ``torch.autograd.Function``; or
+            "sdpa" to compare with.
+        padding: of the projections, convolutions of size 1.
+    """
+
+    def __init__(self, width: int, heads: int, tokens: int, *, product: str, padding: int | str = 0) -> None:
+        super().__init__()
+        self.heads, self.product = heads, product
+        self.norm = nn.GroupNorm(4, width)
+        self.qkv, self.out = (
+            nn.Conv1d(width, 3 * width, 1, padding=padding),
+            nn.Conv1d(width, width, 1, padding=padding),
+        )
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BDN = x_BND.transpose(1, 2)
+        if self.product == "function":
+            y_BDN = _Recomputed.apply(self.block, x_BDN, *self.parameters())
+        else:
+            y_BDN = self.block(x_BDN)
+        return y_BDN.transpose(1, 2)
+
+    def block(self, x_BDN: Tensor) -> Tensor:
+        """Norm, projections, attention."""
+        batch, width, tokens = x_BDN.shape
+        depth = width // self.heads
+        q, k, v = self.qkv(self.norm(x_BDN)).reshape(batch * self.heads, 3 * depth, tokens).split(depth, 1)
+        return self.out(self.attend(q, k, v).reshape(batch, width, tokens))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B H, d, N] each."""
+        if self.product == "sdpa":
+            q, k, v = (t.unflatten(0, (-1, self.heads)).transpose(2, 3) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(0, 1)
+        scale = q.shape[1] ** -0.5
+        if self.product == "bmm":
+            weights = torch.softmax(torch.bmm(q.permute(0, 2, 1), k) * scale, dim=2)
+            return torch.bmm(v, weights.permute(0, 2, 1))
+        weights = torch.einsum("bct,bcs->bts", q * scale**0.5, k * scale**0.5).float().softmax(-1)
+        return torch.einsum("bts,bcs->bct", weights, v)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Runs a block that is run again for its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError

@@ -19,6 +19,7 @@ from models import CASES, CFG_CASES, Case, case, dit, relative, tensor_of, toy
 from oracle import Oracle
 from thorough import cases
 
+import difa_fx
 from difa_fx.plan import Plan
 from difa_fx.schedule import make_schedule
 
@@ -181,6 +182,7 @@ def test_7_inductor_agrees_with_the_oracle(kernel: str) -> None:
 def test_8_state_is_what_the_schedule_predicts(name: str) -> None:
     found = case(name)
     model = compiled(found, make_plan(found, CFG_ROWS), "eager")
+    difa_fx.reset(model)
     held = []
     for args, kwargs in found.generation(len(CFG_ROWS)):
         model(*args, **kwargs)

@@ -63,6 +63,7 @@ ORACLE: Final = (
     *("ltx2", "cosmos", "cosmos2", "wan_i2v", "wan_ti2v", "skyreels", "skyreels_forcing", "wan_vace"),
     *("consisid", "easyanimate", "chronoedit", "ace_step", "longcat_audio", "kandinsky6", "anyflow", "helios"),
     *("motif_video", "svd", "animatediff", "text_to_video", "i2vgen"),
+    *("masked_sdpa", "channels_first_sdpa"),
     *("stdit_fused", "timm_sdpa", "gqa_enabled", "joint_projections_last", "joint_source_first", "joint_shared_last"),
     *("hidream", "kandinsky5", "bria", "bria_fibo", "cogview3plus", "hunyuan_image", "glm_image", "ernie_image"),
     *("ideogram4", "joy_image", "ovis_image", "flux3", "flux3_given", "sdxl", "dreamlite"),
