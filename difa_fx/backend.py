@@ -117,7 +117,11 @@ class CompiledGraph:
     def __call__(self, *args: Any) -> Any:
         """Run the graph; compiles first when its input sizes are new."""
         runner = self.runner_for(args)
+        first = not runner.calls
         outputs = runner(*args)
+        if first and self._breaks:
+            compilation = self._compilation(None if self._owner is None else args[self._owner])
+            compilation.between.note(outputs[len(runner.written) :], runner.attention.results)
         for position, value in zip(runner.written, outputs, strict=False):
             args[position].copy_(value)
         return outputs[len(runner.written) :]
@@ -180,7 +184,7 @@ def make_runner(gm: fx.GraphModule, inputs: Sequence[Any], sources: Sequence[str
     """
     assert compilation.options.plan is not None
     canonical = canonicalize(gm, inputs, sources=sources)
-    found = find_attention(canonical)
+    found = find_attention(canonical, compilation.between.of(inputs, after=len(canonical.sources) - len(inputs)))
     if compilation.broken:
         found = _named_as_in(compilation.options.plan, found)
     make = partial(_runner, canonical, found, inputs, compilation)

@@ -12,14 +12,15 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from difa_fx._torch import apart_from_dynamo, input_sources
+from difa_fx.between_graphs import BetweenGraphs
 from difa_fx.boundary import refuse_wrapped, unforeseen_is_typed
 from difa_fx.cost import site_flops
-from difa_fx.errors import DifaError
 from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, find_attention
 from difa_fx.passes.graph_tools import placeholders, takes_tensors
 from difa_fx.passes.inputs import source_name
 from difa_fx.passes.partition import partition
+from difa_fx.passes.sites import Origin
 from difa_fx.plan import Method
 
 
@@ -97,22 +98,26 @@ def inspect(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
         GraphError: a graph holds what difa_fx cannot read.
     """
     reports: list[GraphReport] = []
-
-    faults: list[DifaError] = []
+    between = BetweenGraphs()
 
     def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        try:
-            with apart_from_dynamo():
-                reports.append(report(gm, inputs))
-        except DifaError as error:  # raised here, Dynamo would wrap it
-            faults.append(error)
-        return gm.forward
+        origins: Sequence[Origin] | None = None
+
+        def run(*args: Any) -> Any:
+            nonlocal origins
+            if origins is None:
+                with apart_from_dynamo():
+                    made, origins = _examined(gm, args, between)
+                reports.append(made)
+            outputs = gm.forward(*args)
+            between.note(outputs, origins)
+            return outputs
+
+        return run
 
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(model, backend=capture, dynamic=False)(*args, **kwargs)
-    if faults:
-        raise faults[0]
     return tuple(reports)
 
 
@@ -122,16 +127,23 @@ def report(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphReport:
     Raises:
         GraphError: it holds what difa_fx cannot read.
     """
+    return _examined(gm, inputs, BetweenGraphs())[0]
+
+
+def _examined(
+    gm: fx.GraphModule, inputs: Sequence[Any], between: BetweenGraphs
+) -> tuple[GraphReport, Sequence[Origin]]:
+    """What is found in a graph, and what is known of what it yields."""
     refuse_wrapped(gm, inputs)
-    with unforeseen_is_typed("inspect"):
-        return _report(gm, inputs)
-
-
-def _report(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphReport:
     if not takes_tensors(inputs):
-        return GraphReport((), (), 0, 0, 0, None, None)
-    canonical = canonicalize(gm, inputs, sources=input_sources(gm))
-    found = find_attention(canonical)
+        return GraphReport((), (), 0, 0, 0, None, None), ()
+    with unforeseen_is_typed("inspect"):
+        canonical = canonicalize(gm, inputs, sources=input_sources(gm))
+        found = find_attention(canonical, between.of(inputs, after=len(canonical.sources) - len(inputs)))
+        return _report(canonical, found), found.results
+
+
+def _report(canonical: CanonicalGraph, found: Attention) -> GraphReport:
     flops = _flops(canonical)
     sites = _site_reports(found, flops)
     parts = partition(canonical, found)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from difa_fx._torch import WeakIdKeyDictionary
+from difa_fx.between_graphs import BetweenGraphs
 from difa_fx.callers import Caller, caller
 from difa_fx.clock import Clock
 from difa_fx.generations import Generations, Told, reference_to
@@ -35,6 +36,7 @@ class Compilation:
         runners: one a graph and set of shapes.
         broken: whether Dynamo broke the denoiser into several graphs; they share a clock then.
         found: the sites of all graphs so far.
+        between: what the graphs of a broken denoiser hand to one another.
         told: whether it was said that the plan runs elsewhere than it was calibrated.
     """
 
@@ -43,6 +45,7 @@ class Compilation:
     broken: bool = False
     found: dict[str, None] = field(default_factory=dict)
     told: bool = False
+    between: BetweenGraphs = field(default_factory=BetweenGraphs)
     _denoisers: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     _ownerless: Generations | None = None
     _followed: weakref.WeakKeyDictionary[Caller, Clock] = field(default_factory=weakref.WeakKeyDictionary)

@@ -465,7 +465,7 @@ class Runner:
         rows = schedule.rows if call == 0 else schedule.rows[call : call + 1]
         if schedule.calls_per_step != 1 or not any(map(_shares, rows)):
             return
-        for position in self.attention.inputs.samples:
+        for position in self.attention.inputs.given:
             first, second = args[position].chunk(2)
             if first.is_cuda:
                 unequal = (first != second).any()

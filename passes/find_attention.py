@@ -13,7 +13,7 @@ Letters: B batch, H heads, N tokens, M key tokens, D width or head width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -23,21 +23,36 @@ from difa_fx.passes.batch_axis import batch_axes, follow
 from difa_fx.passes.batch_step import LostBatchError
 from difa_fx.passes.canonicalize import CanonicalGraph
 from difa_fx.passes.explicit_attention import linear_attention
-from difa_fx.passes.graph_tools import ancestors, call_of, descendants, module_path, owner_path, placeholders, shape_of
-from difa_fx.passes.inputs import DenoiserInputs, denoiser_inputs
+from difa_fx.passes.graph_tools import (
+    ancestors,
+    call_of,
+    descendants,
+    module_path,
+    output_values,
+    owner_path,
+    placeholders,
+    shape_of,
+)
+from difa_fx.passes.inputs import DenoiserInputs, denoiser_inputs, is_condition, source_name
 from difa_fx.passes.regions import Search, climb, data_of, descend, meeting, origin, projection_flops
-from difa_fx.passes.sites import Attention, AttentionSite, RejectedSite
+from difa_fx.passes.sites import Attention, AttentionSite, Origin, RejectedSite
 from difa_fx.passes.token_axis import token_runs
 from difa_fx.plan import Method
 
 __all__ = ["Attention", "AttentionSite", "RejectedSite", "find_attention"]
 
 
-def find_attention(canonical: CanonicalGraph) -> Attention:
-    """Every attention of a canonical graph, as sites and rejected sites in graph order."""
-    inputs = denoiser_inputs(canonical)
+def find_attention(canonical: CanonicalGraph, origins: Mapping[int, Origin] | None = None) -> Attention:
+    """Every attention of a canonical graph, as sites and rejected sites in graph order.
+
+    Args:
+        canonical: the graph.
+        origins: where the denoiser runs as several graphs, what is known of inputs that another one made, by position.
+    """
+    origins = origins or {}
+    inputs = denoiser_inputs(canonical, {position: origin.stream for position, origin in origins.items()})
     calls = list(attention_calls(canonical.gm.graph))
-    search = _prepare(canonical, inputs, [call for call in calls if isinstance(call, AttentionCall)])
+    search = _prepare(canonical, inputs, [call for call in calls if isinstance(call, AttentionCall)], origins)
     calls = sorted([*calls, *_linear(canonical.gm.graph, search)], key=lambda call: search.order[call.node])
     sites: list[AttentionSite] = []
     rejected: list[RejectedSite] = []
@@ -52,14 +67,30 @@ def find_attention(canonical: CanonicalGraph) -> Attention:
             sites.append(found)
         else:
             rejected.append(found)
-    return Attention(tuple(sites), tuple(rejected), inputs)
+    return Attention(tuple(sites), tuple(rejected), inputs, tuple(_results(canonical, search)))
 
 
-def _prepare(canonical: CanonicalGraph, inputs: DenoiserInputs, calls: Iterable[AttentionCall]) -> Search:
+def _results(canonical: CanonicalGraph, search: Search) -> Iterator[Origin]:
+    for value in output_values(canonical.gm.graph)[len(canonical.written) :]:
+        known = isinstance(value, fx.Node)
+        yield Origin(known and value in search.stream, search.tokens.get(value) if known else None)
+
+
+def _prepare(
+    canonical: CanonicalGraph,
+    inputs: DenoiserInputs,
+    calls: Iterable[AttentionCall],
+    origins: Mapping[int, Origin],
+) -> Search:
     graph = canonical.gm.graph
     nodes = placeholders(graph)
     dynamic = [n for n in nodes if n not in canonical.parameters]
-    roots = [nodes[position] for position in inputs.samples] or dynamic
+    roots = [nodes[position] for position in inputs.samples]
+    roots += [nodes[position] for position, origin in origins.items() if origin.stream and nodes[position] not in roots]
+    named = {node: source_name(source) for node, source in zip(nodes, canonical.sources, strict=True)}
+    roots = roots or [
+        n for i, n in enumerate(nodes) if n in dynamic and i not in origins and not is_condition(named[n])
+    ]
     batched = inputs.latents is not None and inputs.batch is not None and inputs.batch > 1
     seeds = {root: 0 for root in roots if shape_of(root)[0] == inputs.batch} if batched else {}
     axes, lost = batch_axes(graph, seeds)
@@ -71,7 +102,12 @@ def _prepare(canonical: CanonicalGraph, inputs: DenoiserInputs, calls: Iterable[
         axes=axes,
         lost=lost,
         batch=inputs.batch,
-        tokens=token_runs(graph, stream, {call.result: (call.q, call.result_axis) for call in calls}),
+        tokens=token_runs(
+            graph,
+            stream,
+            {call.result: (call.q, call.result_axis) for call in calls},
+            {nodes[position]: origin.tokens for position, origin in origins.items() if origin.tokens is not None},
+        ),
         order={node: i for i, node in enumerate(graph.nodes)},
         modules={
             node: owner_path(source)

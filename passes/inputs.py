@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ _TIMESTEP_NAMES = (
 )
 _LATENT_NAMES = ("hidden_states", "sample", "latents", "latent_model_input", "x", "img", "z")
 _LABEL = re.compile(r"label|class|guidance|style|^y$")
-_CONDITION = re.compile(r"encoder|context|text|txt|prompt|caption|cond|embed|mask")
+_CONDITION = re.compile(r"encoder|context|text|txt|prompt|^cap$|^cap_|caption|cond|embed|mask")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
 
 
@@ -43,12 +43,19 @@ class DenoiserInputs:
         timestep: position of the step's time, a scalar, one value a sample, or one a frame or token; or None.
         batch: first size of the latents, or None.
         others: positions of further noisy samples, where a denoiser has several: sound beside a video.
+        made: whether another graph of the denoiser made the latents from what is given, and from text perhaps.
     """
 
     latents: int | None
     timestep: int | None
     batch: int | None
     others: tuple[int, ...] = ()
+    made: bool = False
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """Positions of the noisy samples that the caller gives: under guidance each has two equal halves."""
+        return () if self.made else self.samples
 
     @property
     def samples(self) -> tuple[int, ...]:
@@ -66,15 +73,31 @@ class DenoiserInputs:
         return float(value.reshape(-1)[-1]) if isinstance(value, Tensor) else float(value)
 
 
-def denoiser_inputs(canonical: CanonicalGraph) -> DenoiserInputs:
-    """Find the latents and the timestep among the inputs of a denoiser's graph."""
+def denoiser_inputs(canonical: CanonicalGraph, made: Mapping[int, bool] | None = None) -> DenoiserInputs:
+    """Find the latents and the timestep among the inputs of a denoiser's graph.
+
+    Args:
+        canonical: the graph.
+        made: positions of inputs that another graph of the denoiser made, and whether from the latents.
+    """
+    made = made or {}
     nodes = placeholders(canonical.gm.graph)
     dynamic = [i for i, is_static in enumerate(canonical.static) if not is_static]
     names = [source_name(source) for source in canonical.sources]
-    latents = _latents(canonical, nodes, names, dynamic)
+    given = [position for position in dynamic if position not in made]
+    noisy = [position for position in dynamic if made.get(position, not is_condition(names[position]))]
+    # What is called a condition is one, unless nothing else can be the latents of a denoiser that is one graph.
+    latents = _latents(canonical, nodes, names, noisy)
+    if latents is None and not made and _timestep(nodes, names, given, None, None) is not None:
+        latents = _latents(canonical, nodes, names, dynamic)
     batch = int(nodes[latents].meta["val"].shape[0]) if latents is not None else None
-    others = () if latents is None else _others(canonical, nodes, names, dynamic, latents)
-    return DenoiserInputs(latents, _timestep(nodes, names, dynamic, batch, latents), batch, others)
+    others = () if latents is None else _others(canonical, nodes, names, noisy, latents)
+    return DenoiserInputs(latents, _timestep(nodes, names, given, batch, latents), batch, others, latents in made)
+
+
+def is_condition(name: str) -> bool:
+    """Whether an input is called what conditions are: text, an image to start from, a mask."""
+    return bool(_CONDITION.search(name))
 
 
 def source_name(source: str) -> str:
@@ -100,10 +123,10 @@ def _latents(canonical: CanonicalGraph, nodes: list[fx.Node], names: list[str], 
         """Whether an output has one axis more, behind the batch: a score for each token of a codebook."""
         return any(shape == (*s[:axis], *s[axis + 1 :]) for s in shapes for axis in range(1, len(s)))
 
-    def rank(position: int) -> tuple[int, int, int]:
+    def rank(position: int) -> tuple[bool, bool, int]:
         value = nodes[position].meta["val"]
         fits = (alike if value.is_floating_point() else classified)(tuple(value.shape))
-        return (-int(fits), -int(names[position] in _LATENT_NAMES), position)
+        return (names[position] not in _LATENT_NAMES, not fits, position)
 
     candidates = []
     for position in dynamic:
@@ -128,7 +151,7 @@ def _others(
             continue
         for position in dynamic:
             given = tensor_of(nodes[position])
-            known = position == latents or position in found or _CONDITION.search(names[position])
+            known = position == latents or position in found or is_condition(names[position])
             if given is not None and given.shape == value.shape and given.is_floating_point() and not known:
                 found.append(position)
                 break
@@ -144,7 +167,8 @@ def _timestep(
         if value is None or value.is_complex():
             continue
         known = batch is None and names[position] in _TIMESTEP_NAMES
-        if value.ndim <= 1 and (value.numel() in (1, batch) or known):
+        column = value.ndim == 2 and value.shape[1] == 1 and value.shape[0] in (1, batch)
+        if column or (value.ndim <= 1 and (value.numel() in (1, batch) or known)):
             fitting.append(position)
         elif latents is not None and _is_spread(value, tensor_of(nodes[latents])):
             many.append(position)

@@ -21,6 +21,7 @@ from difa_fx.cost import SiteShape
 from difa_fx.passes.attention_call import AttentionCall
 from difa_fx.passes.graph_tools import tensor_of
 from difa_fx.passes.inputs import DenoiserInputs
+from difa_fx.passes.token_axis import Tokens
 from difa_fx.plan import Method
 
 
@@ -105,12 +106,33 @@ class RejectedSite:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What is known of a value that one graph of a denoiser hands to the next.
+
+    Attributes:
+        stream: whether it depends on the latents.
+        tokens: which of its tokens are text, where a concatenation told.
+    """
+
+    stream: bool
+    tokens: Tokens | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
-    """Everything the search found in one graph."""
+    """Everything the search found in one graph.
+
+    Attributes:
+        sites: what a plan may change.
+        rejected: what is left as it is.
+        inputs: what the graph's inputs mean.
+        results: what is known of each of its outputs.
+    """
 
     sites: tuple[AttentionSite, ...]
     rejected: tuple[RejectedSite, ...]
     inputs: DenoiserInputs
+    results: tuple[Origin, ...] = ()
 
     def __post_init__(self) -> None:
         paths = [site.path for site in self.sites]

@@ -73,15 +73,21 @@ Known = dict[fx.Node, Tokens]
 Rule = Callable[[fx.Node, Known], "Tokens | None"]
 
 
-def token_runs(graph: fx.Graph, stream: Set[fx.Node], queries: Mapping[fx.Node, tuple[fx.Node, int]]) -> Known:
+def token_runs(
+    graph: fx.Graph,
+    stream: Set[fx.Node],
+    queries: Mapping[fx.Node, tuple[fx.Node, int]],
+    given: Mapping[fx.Node, Tokens] | None = None,
+) -> Known:
     """The runs of tokens of every node that a concatenation leads to.
 
     Args:
         graph: a canonical graph.
         stream: what depends on the latents.
         queries: the result of each attention; its queries, whose tokens it has; and the axis on which it has them.
+        given: what is known of inputs that another graph of the denoiser made.
     """
-    known: Known = {}
+    known: Known = dict(given or {})
     for node in graph.nodes:
         if node.op != "call_function":
             continue

@@ -27,6 +27,8 @@ for namespace in NAMESPACES:
 
 
 class PackedLinear(nn.Module):
+    """A linear by such an operator."""
+
     def __init__(self, namespace: str) -> None:
         super().__init__()
         self.namespace = namespace
@@ -43,6 +45,8 @@ class PackedLinear(nn.Module):
 
 
 class Attention(nn.Module):
+    """Attention with such projections."""
+
     def __init__(self, namespace: str) -> None:
         super().__init__()
         self.to_q, self.to_k, self.to_v, self.to_out = (PackedLinear(namespace) for _ in range(4))
@@ -53,6 +57,8 @@ class Attention(nn.Module):
 
 
 class Denoiser(nn.Module):
+    """Two of them, behind an ordinary projection."""
+
     def __init__(self, namespace: str) -> None:
         super().__init__()
         self.proj_in = nn.Linear(WIDTH, WIDTH)

@@ -34,6 +34,7 @@ LAYERS = (
     ("boundary",),
     ("schedule",),
     ("passes",),
+    ("between_graphs",),
     ("inspection", "compile"),
     ("crossings",),
     ("program",),
