@@ -172,7 +172,10 @@ class CalibrationJob:
         asked, inputs = self.asked, attention.inputs
         known = self.order or rules.as_cfg(asked.cfg if asked.cfg != "auto" else None, "cfg")
         order = known if calls_per_step(known) == 2 else None
-        if not order and asked.cfg and any(m.shares_cfg for m in asked.candidates) and is_guided(args, inputs):
+        shares = asked.cfg is not None and any(m.shares_cfg for m in asked.candidates)
+        if not order and shares and inputs.doubled:
+            order = known  # the inputs do not show which half is which
+        elif not order and shares and is_guided(args, inputs):
             order = known or guidance_order(args, inputs, self._dynamic(args))
         order = self.workers.same(order)
         shared = asked.cfg is not None and order not in (None, "uncond_call_first")

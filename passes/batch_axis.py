@@ -22,8 +22,10 @@ from torch import fx
 
 from difa_fx.passes import batch_compute, batch_shapes
 from difa_fx.passes.batch_step import Axes, LostBatchError, Step
-from difa_fx.passes.graph_tools import is_library_operator, takes_dtype_alone
+from difa_fx.passes.graph_tools import arg, is_library_operator, shape_of, takes_dtype_alone
 from difa_fx.passes.opaque_attention import is_opaque_attention
+
+aten = torch.ops.aten
 
 _ROW_BY_ROW: Final = frozenset({"bitsandbytes"})
 """Libraries whose operators of one activation are linears: each row of it on its own."""
@@ -53,12 +55,34 @@ def follow(node: fx.Node, axes: Axes) -> Step | None:
     return rule(node, axes)
 
 
+def begins_pair(node: fx.Node, batch: int) -> bool:
+    """Whether a node puts a batch beside itself, or beside what was made of the same latents of a ``batch``.
+
+    Denoisers that make guidance themselves begin its two halves so: ``cat([x, x])``, ``cat([f(x, text), f(x, null)])``,
+    ``x.repeat(2, 1, 1)``, ``x.expand(2, -1, -1)``.
+    """
+    if node.target is aten.cat.default:
+        parts = list(node.args[0])  # type: ignore[arg-type]
+        count = len(parts) // 2
+        if len(parts) % 2 or arg(node, "dim") % len(shape_of(node)):
+            return False
+        twins = len(parts) == 2 and shape_of(parts[0]) == shape_of(parts[1]) and shape_of(parts[0])[0] == batch
+        return parts[:count] == parts[count:] or twins
+    if node.target is aten.repeat.default:
+        repeats = list(arg(node, "repeats"))
+        return len(repeats) == len(shape_of(node.args[0])) and repeats[0] == 2  # type: ignore[arg-type]
+    if node.target is aten.expand.default:
+        before, after = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
+        return len(before) == len(after) > 1 and before[0] == 1 and after[0] == 2
+    return False
+
+
 def batch_axes(graph: fx.Graph, seeds: Axes) -> tuple[dict[fx.Node, int], dict[fx.Node, LostBatchError]]:
     """The batch axis of every node that can be followed from ``seeds``, and where the trail ends."""
     axes = dict(seeds)
     lost: dict[fx.Node, LostBatchError] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or any(source in lost for source in node.all_input_nodes):
+        if node in seeds or node.op != "call_function" or any(source in lost for source in node.all_input_nodes):
             continue
         try:
             step = follow(node, axes)

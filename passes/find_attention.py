@@ -19,7 +19,7 @@ from dataclasses import replace
 from torch import fx
 
 from difa_fx.passes.attention_calls import AttentionCall, UnreadCall, attention_calls
-from difa_fx.passes.batch_axis import batch_axes, follow
+from difa_fx.passes.batch_axis import batch_axes, begins_pair, follow
 from difa_fx.passes.batch_step import LostBatchError
 from difa_fx.passes.canonicalize import CanonicalGraph
 from difa_fx.passes.explicit_attention import linear_attention
@@ -67,6 +67,7 @@ def find_attention(canonical: CanonicalGraph, origins: Mapping[int, Origin] | No
             sites.append(found)
         else:
             rejected.append(found)
+    inputs = replace(inputs, doubled=bool(_pairs(canonical.gm.graph, inputs, search.stream)))
     return Attention(tuple(sites), tuple(rejected), inputs, tuple(_results(canonical, search)))
 
 
@@ -91,17 +92,16 @@ def _prepare(
     roots = roots or [
         n for i, n in enumerate(nodes) if n in dynamic and i not in origins and not is_condition(named[n])
     ]
-    batched = inputs.latents is not None and inputs.batch is not None and inputs.batch > 1
-    seeds = {root: 0 for root in roots if shape_of(root)[0] == inputs.batch} if batched else {}
-    axes, lost = batch_axes(graph, seeds)
     changing, stream = descendants(dynamic), descendants(roots, values=True)
+    batch, seeds = _batch(graph, inputs, roots, stream)
+    axes, lost = batch_axes(graph, seeds)
     return Search(
         stream=stream,
         changing=changing,
         from_parameters={n for n in graph.nodes if n not in changing},
         axes=axes,
         lost=lost,
-        batch=inputs.batch,
+        batch=batch,
         tokens=token_runs(
             graph,
             stream,
@@ -115,6 +115,29 @@ def _prepare(
             if node in canonical.parameters
         },
     )
+
+
+def _batch(
+    graph: fx.Graph, inputs: DenoiserInputs, roots: Sequence[fx.Node], stream: set[fx.Node]
+) -> tuple[int | None, dict[fx.Node, int]]:
+    """The batch, and the nodes where it begins with their axis: the latents, or what is made of them twice."""
+    pairs = _pairs(graph, inputs, stream)
+    if pairs:
+        return shape_of(pairs[0])[0], dict.fromkeys(pairs, 0)
+    batched = inputs.latents is not None and inputs.batch is not None and inputs.batch > 1
+    return inputs.batch, {root: 0 for root in roots if shape_of(root)[0] == inputs.batch} if batched else {}
+
+
+def _pairs(graph: fx.Graph, inputs: DenoiserInputs, stream: set[fx.Node]) -> list[fx.Node]:
+    """Where a denoiser doubles its latents to make guidance itself: each such place that has no other before it."""
+    found: list[fx.Node] = []
+    for node in graph.nodes:
+        if inputs.batch is None or node not in stream or node.op != "call_function":
+            continue
+        doubles = begins_pair(node, inputs.batch) and stream.issuperset(node.all_input_nodes)
+        if doubles and not ancestors([node]).intersection(found):
+            found.append(node)
+    return [node for node in found if shape_of(node)[0] == shape_of(found[0])[0]]
 
 
 def _linear(graph: fx.Graph, search: Search) -> Iterator[UnreadCall]:

@@ -43,6 +43,7 @@ class DenoiserInputs:
         timestep: position of the step's time, a scalar, one value a sample, or one a frame or token; or None.
         batch: first size of the latents, or None.
         others: positions of further noisy samples, where a denoiser has several: sound beside a video.
+        doubled: whether the denoiser itself makes the two halves of guidance from the latents.
         made: whether another graph of the denoiser made the latents from what is given, and from text perhaps.
     """
 
@@ -51,11 +52,12 @@ class DenoiserInputs:
     batch: int | None
     others: tuple[int, ...] = ()
     made: bool = False
+    doubled: bool = False
 
     @property
     def given(self) -> tuple[int, ...]:
         """Positions of the noisy samples that the caller gives: under guidance each has two equal halves."""
-        return () if self.made else self.samples
+        return () if self.made or self.doubled else self.samples
 
     @property
     def samples(self) -> tuple[int, ...]:
