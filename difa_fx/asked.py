@@ -39,7 +39,8 @@ class Asked:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (number and low <= value <= high):
                 raise wrong("a goal is out of range", name, value, f"a number from {low:g} to {high:g}")
-        if self.cfg not in ("auto", None, *get_args(CFGOrder)):
+        given_cfg: object = self.cfg
+        if given_cfg is not None and not (isinstance(given_cfg, str) and given_cfg in ("auto", *get_args(CFGOrder))):
             orders = ", ".join(map(repr, get_args(CFGOrder)))
             raise wrong("the order of the CFG halves is unknown", "cfg", self.cfg, f"'auto', {orders} or None")
         if Method.FULL in self.candidates:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from difa_fx.errors import CalibrationError, OptionError
 from difa_fx.plan import DEFAULT_WINDOW, CFGOrder, Plan
-from difa_fx.targets import check_folder_of, is_function, made_by
+from difa_fx.targets import check_folder_of, count, is_function, made_by
 
 
 def add_parser(commands: Any) -> None:
@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, help="where the plan goes")
     parser.add_argument("--samples", nargs="+", help="prompts, or class labels")
     parser.add_argument("--samples-file", type=Path, help="a text file with one prompt or class label a line")
-    parser.add_argument("--steps", type=int, required=True, help="steps of a generation")
+    parser.add_argument("--steps", type=count, required=True, help="steps of a generation")
     goal = parser.add_mutually_exclusive_group(required=True)
     goal.add_argument("--threshold", type=float, help="the paper's delta, 0.025 to 0.15 there")
     goal.add_argument("--target-speedup", type=float, help="times the speed of full attention")
@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever an earlier run left")
     parser.add_argument("--cache-dir", type=Path, help="where findings are kept until the plan is done")
     parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, resumes="the same command goes on where it was; --fresh begins anew")
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -100,7 +100,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Sequence[Any], Callable[.
             allowed="--samples or --samples-file",
             todo="give some prompts, or class labels",
         )
-    from difa_fx.pipelines import load_pipeline
+    from difa_fx.loading import load_pipeline
 
     return load_pipeline(arguments.target, dtype=arguments.dtype, device=arguments.device), given, None
 
@@ -110,9 +110,17 @@ def _samples(arguments: argparse.Namespace) -> list[Any]:
     if arguments.samples_file is not None:
         try:
             text = arguments.samples_file.read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise OptionError(
-                "the samples cannot be read", where=str(arguments.samples_file), got=str(error), todo="mend the path"
+                "the samples cannot be read",
+                where=str(arguments.samples_file),
+                got=str(error),
+                allowed="UTF-8 text, a prompt or class label a line",
+                todo="mend the path, or save the file as UTF-8",
             ) from error
         lines += [line for line in text.splitlines() if line.strip()]
-    return [int(line) for line in lines] if lines and all(line.strip().isdigit() for line in lines) else lines
+    return [int(line) for line in lines] if lines and all(_is_label(line) for line in lines) else lines
+
+
+def _is_label(line: str) -> bool:
+    return line.strip().isdecimal() and len(line) < 20

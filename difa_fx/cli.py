@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from difa_fx import calibrate_command
+from difa_fx import __version__, calibrate_command
 from difa_fx.bench import command as bench_command
-from difa_fx.errors import DifaError
+from difa_fx.errors import DifaError, printable, short
 from difa_fx.evaluation import command as evaluation_command
 from difa_fx.plan import Method, Plan
-from difa_fx.targets import is_function, made_by
+from difa_fx.targets import count, is_function, made_by, on_examples
 
 if TYPE_CHECKING:
     from difa_fx.inspection import GraphReport
+
+_TRACEBACK: Final = "DIFA_TRACEBACK"
 
 _LETTERS = {
     Method.FULL: "F",
@@ -27,20 +31,53 @@ _LETTERS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, or 1 after an error that was printed."""
+    """Run the command line.
+
+    Returns:
+        0; 1 after an error that was printed; 130 where the user interrupted it; 141 where nobody reads what it prints.
+    """
     arguments = _parser().parse_args(argv)
     try:
         text = arguments.run(arguments)
+        if text:
+            print(printable(text), flush=True)
     except DifaError as error:
-        print(f"difa: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    if text:
-        print(text)
+        return _failed(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        _failed(f"interrupted; {getattr(arguments, 'resumes', 'nothing is left behind')}")
+        return 130
+    except BrokenPipeError:
+        _close_pipe()
+        return 141
+    except Exception as error:
+        if os.environ.get(_TRACEBACK):
+            raise
+        return _failed(f"{type(error).__name__}: {error}\n  to do: {_TRACEBACK}=1 difa ... shows where it happened")
     return 0
 
 
+def _failed(text: str) -> int:
+    with contextlib.suppress(OSError):
+        print(printable(f"difa: {text}"), file=sys.stderr, flush=True)
+    return 1
+
+
+def _close_pipe() -> None:
+    """Let Python not try again, at its end, to write to a pipe that nobody reads."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with messages that a terminal can show."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(short(printable(message), 500))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="difa", description=__doc__)
+    parser = _Parser(prog="difa", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"difa_fx {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     inspect = commands.add_parser("inspect", help="every attention of a denoiser, and what it can become")
@@ -50,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--subfolder", help="where in a pipeline's folder the denoiser lies")
     inspect.add_argument("--random-weights", action="store_true", help="read the config alone")
-    inspect.add_argument("--batch", type=int, default=2, help="both CFG halves together (default 2)")
+    inspect.add_argument("--batch", type=count, default=2, help="both CFG halves together (default 2)")
     inspect.set_defaults(run=_inspect)
 
     show = commands.add_parser("show", help="a plan as a grid of steps and sites")
@@ -76,7 +113,8 @@ def _inspect(arguments: argparse.Namespace) -> str:
     from difa_fx.inspection import inspect
 
     model, args, kwargs = _load(arguments)
-    graphs = inspect(model, *args, **kwargs)
+    with on_examples(type(model).__name__):
+        graphs = inspect(model, *args, **kwargs)
     return "\n\n".join(format_report(graph) for graph in graphs)
 
 
@@ -84,7 +122,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Sequence[Any], dict[str, 
     if is_function(arguments.target):
         model, args, kwargs = made_by(arguments.target, (3,), "(model, args, kwargs)")
         return model, args, kwargs
-    from difa_fx.pipelines import example_inputs, load_denoiser
+    from difa_fx.loading import example_inputs, load_denoiser
 
     model = load_denoiser(arguments.target, subfolder=arguments.subfolder, random_weights=arguments.random_weights)
     return model, (), example_inputs(model, batch=arguments.batch)

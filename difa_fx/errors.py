@@ -7,7 +7,19 @@ user can act on the message without reading this package.  All derive from :clas
 from __future__ import annotations
 
 import difflib
+import itertools
+import reprlib
 from collections.abc import Iterable
+from enum import Enum
+from typing import Final
+
+_MOST_NAMES: Final = 1000
+_LONGEST_NAME: Final = 200
+
+_REPR = reprlib.Repr()  # of lists within lists it shows a few
+_REPR.maxlevel = 4
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxdict = 20
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 400
 
 
 class DifaError(Exception):
@@ -35,12 +47,12 @@ class DifaError(Exception):
         if where is not None:
             parts.append(f"where: {where}")
         if got is not None:
-            parts.append(f"got: {_short(got)}")
+            parts.append(f"got: {short(got)}")
         if allowed is not None:
-            parts.append(f"allowed: {_short(allowed, 400)}")
+            parts.append(f"allowed: {short(allowed, 400)}")
         if todo is not None:
             parts.append(f"to do: {todo}")
-        super().__init__("\n  ".join(parts))
+        super().__init__(printable("\n  ".join(parts)))
 
 
 class PlanError(DifaError, ValueError):
@@ -96,15 +108,33 @@ class BenchmarkError(DifaError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The ``count`` names of ``known`` that look most like ``name``, best first."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)
+    """The ``count`` names of ``known`` that look most like ``name``, best first; not all of very many are looked at."""
+    names = list(itertools.islice(known, _MOST_NAMES))
+    return difflib.get_close_matches(name[:_LONGEST_NAME], names, n=count, cutoff=0.4)
 
 
-def _short(value: object, limit: int = 200) -> str:
+def printable(text: str) -> str:
+    """``text`` for a terminal: what would move its cursor, colour it or is no text at all is spelled out."""
+    return "".join(c if c in "\n\t" or c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def short(value: object, limit: int = 200) -> str:
+    """``value`` in a line of an error; never an exception, whatever it is."""
     if isinstance(value, str):
         text = value
     elif isinstance(value, (list, tuple, set, frozenset)):
-        text = ", ".join(str(item) for item in value)
+        first = list(itertools.islice(value, _MOST_NAMES))
+        text = ", ".join(item if isinstance(item, str) else shown(item) for item in first)
+        text += ", ..." if len(value) > len(first) else ""
     else:
-        text = repr(value)
+        text = shown(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def shown(value: object) -> str:
+    """``repr``, but short, and never an exception: it raises for numbers of thousands of digits."""
+    try:
+        return str(value) if isinstance(value, Enum) else _REPR.repr(value)
+    except Exception:  # noqa: BLE001  an error's text must not be another error
+        digits = f" of {value.bit_length()} bits" if isinstance(value, int) else ""
+        return f"<{type(value).__name__}{digits}>"

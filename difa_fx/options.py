@@ -9,7 +9,7 @@ from typing import Any
 from difa_fx._torch import inductor_mode, inductor_option_names
 from difa_fx.attention import WINDOW_KERNELS
 from difa_fx.compile import COMPILERS
-from difa_fx.errors import OptionError, nearest
+from difa_fx.errors import OptionError, nearest, shown
 from difa_fx.plan import Plan, as_plan
 
 
@@ -41,13 +41,13 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         OptionError: an unknown key, a value of the wrong kind, or an unknown mode.
         PlanError: the plan is malformed.
     """
-    given = dict(options or {})
+    given: dict[Any, Any] = dict(options or {})
     known = [f.name for f in fields(Options)]
     for key in given:
-        if key not in known:
-            close = nearest(str(key), known, 1)
+        if not isinstance(key, str) or key not in known:
+            close = nearest(key, known, 1) if isinstance(key, str) else []
             raise OptionError(
-                f"unknown option {key!r}",
+                f"unknown option {shown(key)}",
                 where="torch.compile(options=...)",
                 got=key,
                 allowed=known,
@@ -69,14 +69,14 @@ def _check_kind(given: Mapping[str, Any], key: str, kind: type) -> None:
         raise OptionError(
             f"option {key!r} has the wrong type",
             where="torch.compile(options=...)",
-            got=f"{given[key]!r} ({type(given[key]).__name__})",
+            got=f"{shown(given[key])} ({type(given[key]).__name__})",
             allowed=kind.__name__,
             todo="mend the value",
         )
 
 
 def _check_choice(given: Mapping[str, Any], key: str, choices: tuple[str, ...]) -> None:
-    if key in given and given[key] not in choices:
+    if key in given and not (isinstance(given[key], str) and given[key] in choices):
         raise OptionError(
             f"option {key!r} has an unknown value",
             where="torch.compile(options=...)",
@@ -88,20 +88,20 @@ def _check_choice(given: Mapping[str, Any], key: str, choices: tuple[str, ...]) 
 
 def _mode(mode: object) -> dict[str, Any]:
     try:
-        return inductor_mode(mode if mode is None else str(mode))
+        return inductor_mode(mode if mode is None or isinstance(mode, str) else shown(mode))
     except RuntimeError as error:
         raise OptionError("unknown mode", where="torch.compile(mode=...)", got=mode, todo=str(error)) from None
 
 
-def _inductor(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _inductor(settings: Mapping[Any, Any]) -> dict[str, Any]:
     known = set(inductor_option_names())
     for key in settings:
-        if key.replace("-", "_") not in known:
+        if not isinstance(key, str) or key.replace("-", "_") not in known:
             raise OptionError(
                 "unknown Inductor option",
                 where="options['inductor']",
                 got=key,
-                allowed=nearest(key, known) or "torch._inductor.list_options()",
+                allowed=(nearest(key, known) if isinstance(key, str) else None) or "torch._inductor.list_options()",
                 todo="mend the name",
             )
     return {key.replace("-", "_"): value for key, value in settings.items()}

@@ -14,14 +14,16 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Final
 
 from difa_fx import plan_rules as rules
 from difa_fx.errors import PlanError, nearest
-from difa_fx.plan_io import FrozenDict, plan_text, read_json, thaw, write_text, xdit_columns
+from difa_fx.plan_io import FrozenDict, plan_text, read_json, thaw, write_text
 from difa_fx.plan_rules import FORMAT, VERSION, as_window, check_reads, fault
 from difa_fx.plan_steps import derived, resampled
 from difa_fx.plan_words import CFGOrder, GridWindow, Method, Window, calls_per_step, window_json
+from difa_fx.plan_xdit import read_xdit
 
 __all__ = [
     "DEFAULT_WINDOW",
@@ -37,15 +39,6 @@ __all__ = [
 
 #: Tokens to either side, where nothing else is said: the authors' own for 1 024 tokens.
 DEFAULT_WINDOW: Final = 128
-
-#: xDiT writes the member names of its ``FastAttnMethod``.
-_XDIT_METHODS: Final = {
-    "FULL_ATTN": Method.FULL,
-    "RESIDUAL_WINDOW_ATTN": Method.WINDOW,
-    "OUTPUT_SHARE": Method.CACHED,
-    "FULL_ATTN_CFG_SHARE": Method.FULL_CFG,
-    "RESIDUAL_WINDOW_ATTN_CFG_SHARE": Method.WINDOW_CFG,
-}
 
 #: Each field's own check, run whenever a plan is made.
 _CHECKS: Final[Mapping[str, Callable[[object, str], object]]] = {
@@ -178,27 +171,8 @@ class Plan:
             cfg: which half of the batch is the conditional one; xDiT's file does not say.
             **settings: other fields of :class:`Plan`.
         """
-        where = "xDiT plan" if isinstance(source, Mapping) else os.fspath(source)
-        value = source if isinstance(source, Mapping) else read_json(source)
-        if "{block}" not in site:
-            raise fault(
-                "the site pattern does not say where the block's number goes",
-                "site",
-                site,
-                "text with {block} in it, such as transformer_blocks.{block}.attn1",
-            )
-        columns = [
-            [rules.as_method(m, f"{where}: block{b}.step{i}", _XDIT_METHODS) for i, m in enumerate(col)]
-            for b, col in enumerate(xdit_columns(value, where))
-        ]
-        return cls(
-            steps=len(columns[0]),
-            sites=tuple(site.replace("{block}", str(block)) for block in range(len(columns))),
-            methods=tuple(zip(*columns, strict=True)),
-            window=window,
-            cfg=cfg,
-            **settings,
-        )
+        methods, sites = read_xdit(source, site)
+        return cls(steps=len(methods), sites=sites, methods=methods, window=window, cfg=cfg, **settings)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values, in the order of the file."""
@@ -257,7 +231,8 @@ class Plan:
         Raises:
             PlanError: the plan has no such step.
         """
-        if step not in range(self.steps):
+        asked: Any = step
+        if not isinstance(asked, Integral) or not 0 <= int(asked) < self.steps:
             raise fault("the plan has no such step", "step", step, f"0 to {self.steps - 1}")
         return dict(zip(self.sites, self.methods[step], strict=True))
 
@@ -267,8 +242,9 @@ class Plan:
         Raises:
             PlanError: the plan has no such site.
         """
-        if site not in self.sites:
-            close = nearest(str(site), self.sites) or self.sites[:3]
+        asked: Any = site
+        if not isinstance(asked, str) or asked not in self.sites:
+            close = nearest(asked if isinstance(asked, str) else "", self.sites) or self.sites[:3]
             raise fault("the plan has no such site", "site", site, f"nearest: {', '.join(close)}")
         index = self.sites.index(site)
         return tuple(row[index] for row in self.methods)

@@ -2,12 +2,13 @@
 
 Nothing here knows what a plan means.  :func:`read_json` turns a file into Python values or into a
 :class:`~difa_fx.errors.PlanFileError`; :func:`write_text` replaces a file in one move;
-:func:`plan_text` lays a plan out so that people can read it; :func:`xdit_columns` reads the JSON of
-xDiT; :class:`FrozenDict` and :func:`freeze` keep free-form JSON unchangeable in memory.
+:func:`plan_text` lays a plan out so that people can read it; :class:`FrozenDict` and :func:`freeze` keep free-form
+JSON unchangeable in memory.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,11 @@ _MAGIC = {
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 160
+
+_MOST_VALUES = 1_000_000
+"""Values in a plan's provenance: more than a file of ``MAX_FILE_BYTES`` can hold of lists of lists."""
+_MOST_BITS = 4096
+"""Of a whole number in it; JSON of thousands of digits is not read again."""
 
 
 class FrozenDict(Mapping[str, Any]):
@@ -70,20 +76,39 @@ def seen(value: object) -> str:
     kinds |= {dict: "an object", list: "a list", tuple: "a list"}
     if value is None:
         return "null"
-    return f"{_REPR.repr(value)} ({kinds.get(type(value), type(value).__name__)})"
+    kind = kinds.get(type(value), type(value).__name__)
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"a number of {value.bit_length()} bits ({kind})"
+    try:
+        return f"{_REPR.repr(value)} ({kind})"
+    except Exception:  # noqa: BLE001  whoever wrote a faulty repr
+        return kind
 
 
 def freeze(value: object, where: str) -> Any:
-    """An unchangeable copy of a JSON value: objects become FrozenDict, lists become tuples.
+    """``value`` as unchangeable JSON: objects as :class:`FrozenDict`, lists as tuples.
 
     Raises:
-        PlanError: a part of it cannot be written as JSON; the message gives its path.
+        PlanError: it holds something that cannot be written as JSON, or too much; the message gives its path.
     """
+    return _freeze(value, where, itertools.count(1))
+
+
+def _freeze(value: object, where: str, counted: Iterator[int]) -> Any:
+    """``counted`` goes on with every value, so that lists that hold one another many times over have an end."""
+    if next(counted) > _MOST_VALUES:
+        raise PlanError(
+            "the plan's provenance is too large",
+            where=where,
+            got=f"more than {_MOST_VALUES:,} values",
+            allowed=f"at most {_MOST_VALUES:,}",
+            todo="keep large records in a file of their own",
+        )
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         return str.__str__(value)
-    if isinstance(value, int):
+    if isinstance(value, int) and value.bit_length() <= _MOST_BITS:
         return int(value)
     if isinstance(value, float) and math.isfinite(value):
         return float(value)
@@ -91,9 +116,9 @@ def freeze(value: object, where: str) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise _not_json(key, f"{where}, a key")
-        return FrozenDict({key: freeze(item, f"{where}.{key}") for key, item in value.items()})
+        return FrozenDict({key: _freeze(item, f"{where}.{key}", counted) for key, item in value.items()})
     if isinstance(value, (list, tuple)):
-        return tuple(freeze(item, f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(_freeze(item, f"{where}[{index}]", counted) for index, item in enumerate(value))
     raise _not_json(value, where)
 
 
@@ -186,25 +211,6 @@ def plan_text(fields: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def xdit_columns(value: object, where: str) -> list[list[object]]:
-    """The cells of xDiT's JSON, ``{"block0": {"step0": "FULL_ATTN", ...}, ...}``, block by block.
-
-    Raises:
-        PlanError: not of that form, a block or a step is missing, or blocks differ in length.
-    """
-    columns = [_numbered(steps, "step", at) for at, steps in _xdit_blocks(value, where)]
-    for index, column in enumerate(columns):
-        if len(column) != len(columns[0]):
-            raise PlanError(
-                "the blocks of an xDiT plan have different numbers of steps",
-                where=f"{where}: block{index}",
-                got=f"{len(column)} steps",
-                allowed=f"{len(columns[0])} steps, as in block0",
-                todo="calibrate again in xDiT, or mend the file",
-            )
-    return columns
-
-
 def looks_like_xdit(value: object) -> bool:
     """Whether ``value`` has the outer form of xDiT's JSON."""
     return (
@@ -212,33 +218,6 @@ def looks_like_xdit(value: object) -> bool:
         and bool(value)
         and all(isinstance(key, str) and re.fullmatch(r"block\d+", key) for key in value)
     )
-
-
-def _xdit_blocks(value: object, where: str) -> list[tuple[str, object]]:
-    return [(f"{where}: block{i}", steps) for i, steps in enumerate(_numbered(value, "block", where))]
-
-
-def _numbered(value: object, name: str, where: str) -> list[object]:
-    """The values of ``{"<name>0": ..., "<name>1": ...}`` in number order."""
-    form = f'an object with the keys "{name}0", "{name}1" and so on, none missing'
-    if not isinstance(value, Mapping) or not value:
-        raise PlanError(
-            "this is not a plan of xDiT",
-            where=where,
-            got=seen(value),
-            allowed=form,
-            todo="give the JSON that xDiT keeps in its cache folder",
-        )
-    expected = [f"{name}{index}" for index in range(len(value))]
-    if wrong := sorted(set(map(str, value)) - set(expected)):
-        raise PlanError(
-            f'an xDiT plan counts its {name}s from "{name}0" without a gap',
-            where=where,
-            got=wrong[:5],
-            allowed=form,
-            todo="give the JSON that xDiT keeps in its cache folder",
-        )
-    return [value[key] for key in expected]
 
 
 def _read_bytes(where: str) -> bytes:

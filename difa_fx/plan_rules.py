@@ -20,6 +20,9 @@ VERSION: Final = 1
 _REQUIRED: Final = ("format", "version", "steps", "cfg", "window", "sites", "methods")
 _OPTIONAL: Final = ("denoiser", "timesteps", "provenance")
 
+LARGEST: Final = 1_000_000
+"""No plan has more steps, sites, or tokens in a window: what is larger is a mistake, and would take hours to check."""
+
 _METHODS: Final[Mapping[str, Method]] = {method.value: method for method in Method}
 
 
@@ -31,12 +34,12 @@ def fault(what: str, where: str, got: object, allowed: object, todo: str = "mend
 
 def as_count(value: object, where: str, *, least: int = 1) -> int:
     """A whole number of at least ``least``; True is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
         raise fault(
             f"{where} is not a whole number of at least {least}",
             where,
             seen(value),
-            f"{least}, {least + 1}, ...",
+            f"{least}, {least + 1}, ... {LARGEST}",
         )
     return int(value)
 
@@ -47,7 +50,7 @@ def as_window(value: object, where: str = "window") -> Window:
         value = {"grid": value.grid, "size": value.size}
     if not isinstance(value, Mapping):
         return as_count(value, where, least=0)
-    if sorted(value) != ["grid", "size"]:
+    if set(value) != {"grid", "size"}:
         raise fault(
             "a window over a grid has other fields",
             where,
@@ -71,9 +74,8 @@ def as_window(value: object, where: str = "window") -> Window:
 
 def as_cfg(value: object, where: str) -> CFGOrder | None:
     """The order of the two halves of guidance, or None where there is one half alone."""
-    for order in get_args(CFGOrder):
-        if value == order:
-            return order  # type: ignore[no-any-return]
+    if isinstance(value, str) and value in get_args(CFGOrder):
+        return value  # type: ignore[return-value]
     if value is not None:
         raise fault(
             "the order of the CFG halves is unknown",
@@ -264,16 +266,17 @@ def check_fields(value: object, where: str) -> None:
             f'an object with "format": "{FORMAT}"',
             "read it with Plan.from_xdit(path, window=...) and save that",
         )
-    if value.get("format") != FORMAT:
+    named = value.get("format")
+    if not isinstance(named, str) or named != FORMAT:
         raise fault(
             "this is not a plan of difa_fx",
             f"{where}: format",
-            value.get("format"),
+            named,
             FORMAT,
             "save a plan with Plan.save(path)",
         )
     version = value.get("version")
-    if isinstance(version, bool) or version != VERSION:
+    if isinstance(version, bool) or not isinstance(version, (int, float)) or version != VERSION:
         raise fault(
             "the version of the plan format is not supported",
             f"{where}: version",
@@ -284,7 +287,7 @@ def check_fields(value: object, where: str) -> None:
     known = _REQUIRED + _OPTIONAL
     for name in value:
         if name not in known:
-            close = nearest(str(name), known) or ["put it into provenance"]
+            close = nearest(name if isinstance(name, str) else seen(name), known) or ["put it into provenance"]
             raise fault("a plan has no such field", where, name, known, f"nearest: {', '.join(close)}")
     if missing := [name for name in _REQUIRED if name not in value]:
         raise fault(
@@ -309,4 +312,6 @@ def _read_early(step: int, index: int, site: str, method: Method, what: str) -> 
 def _items(value: object, where: str, of: str) -> Iterable[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise fault(f"{where} is not a list", where, seen(value), f"a list of {of}")
+    if len(value) > LARGEST:
+        raise fault(f"{where} is too long", where, f"{len(value)} items", f"at most {LARGEST}")
     return value

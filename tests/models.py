@@ -59,16 +59,25 @@ class Case:
         return self.draw(Draw(timestep, batch, generator, self.cfg_order, same_halves))
 
     def generation(
-        self, steps: int, batch: int | None = None, seed: int = 0, same_halves: bool = False, *, afresh: bool = False
+        self,
+        steps: int,
+        batch: int | None = None,
+        seed: int = 0,
+        same_halves: bool = False,
+        *,
+        afresh: bool = False,
+        related: bool = False,
     ) -> list[Call]:
         """Arguments of a generation's calls: timesteps fall, latents are drawn afresh, conditions stay the same.
 
-        With ``afresh`` conditions are drawn anew, too, as no sampler does.
+        With ``afresh`` conditions are drawn anew, too, as no sampler does.  With ``related`` latents are much like the
+        first ones, as a sampler's are.
         """
         generator = torch.Generator().manual_seed(seed)
         times = [1000 * (steps - step) // steps - 1 for step in range(steps)]
         drawn = [self.inputs(t, batch or self.batch, generator, same_halves) for t in times]
-        return drawn if afresh else [_with_conditions_of(drawn[0], call) for call in drawn]
+        calls = drawn if afresh else [_with_conditions_of(drawn[0], call) for call in drawn]
+        return [_like(drawn[0], call) for call in calls] if related else calls
 
 
 _MOVING: Final = re.compile(r"hidden_states|sample|.*latents|x|img|z|t|timesteps?|sigmas?|time|audio_hidden_states")
@@ -79,6 +88,17 @@ def _with_conditions_of(first: Call, call: Call) -> Call:
     """``call`` with the conditions of another: all but the latents, what is like them, and the timestep."""
     args = [own if index < 2 or _moves(own, call[0][0]) else first[0][index] for index, own in enumerate(call[0])]
     return tuple(args), {name: v if _MOVING.fullmatch(name) else first[1][name] for name, v in call[1].items()}
+
+
+def _like(first: Call, call: Call) -> Call:
+    """``call`` with samples that are mostly those of ``first``."""
+
+    def mixed(own: Any, before: Any) -> Any:
+        sample = isinstance(own, Tensor) and own.is_floating_point() and own.ndim > 2
+        return before + 0.3 * own if sample else own
+
+    args = [mixed(own, before) for own, before in zip(call[0], first[0], strict=True)]
+    return tuple(args), {name: mixed(v, first[1][name]) for name, v in call[1].items()}
 
 
 def _moves(value: Any, latents: Any) -> bool:

@@ -19,7 +19,7 @@ LAYERS = (
     ("plan_io",),
     ("plan_words",),
     ("plan_rules",),
-    ("plan_steps",),
+    ("plan_steps", "plan_xdit"),
     ("plan",),
     ("findings",),
     ("private_folder",),
@@ -43,7 +43,7 @@ LAYERS = (
     ("options",),
     ("registry",),
     ("backend", "session", "hearing", "unseen"),
-    ("pipelines", "report"),
+    ("pipelines", "loading", "report"),
     ("workers", "losses", "site_costs", "checkpoint"),
     ("budget",),
     ("step_calls",),
@@ -136,7 +136,7 @@ def test_heavy_packages_have_one_home(module):
     roots = {name.partition(".")[0] for name in imports(MODULES[module])}
     assert "passes" not in roots
     assert "matplotlib" not in roots or layer(module) == "report" or module == "difa_fx.bench.plots"
-    assert "diffusers" not in roots or layer(module) in {"pipelines", "cli", "bench"}
+    assert "diffusers" not in roots or layer(module) in {"pipelines", "loading", "cli", "bench"}
     assert "triton" not in roots or layer(module) in {"cuda_kernels", "cuda_launch"}
     if LEVEL[layer(module)] <= LEVEL["plan"]:
         assert "torch" not in roots

@@ -21,6 +21,7 @@ from models import Case, relative, tensor_of
 from oracle import Oracle
 from thorough import cases
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 from zoo import NO_SITES, ORACLE, ZOO, refused, text_of, zoo_case
 
 import difa_fx
@@ -153,9 +154,7 @@ def a_window_over_all_tokens_and_full_attention_are_the_denoiser(found: Case, tr
     rows = [rows_for(found, [method], [method])[0] for method in ("full", "window", "full")]
     model = traced.under(make_plan(found, rows, window=found.tokens))
     calls = found.generation(3)
-    moving = [
-        [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim > 1] for args, kwargs in calls
-    ]
+    moving = [[v for v in tree_leaves(call) if isinstance(v, torch.Tensor)] for call in calls]
     assert not any(all(map(torch.equal, one, other)) for one, other in itertools.pairwise(moving))
     for step, (output, (args, kwargs)) in enumerate(zip(run(model, calls), calls, strict=True)):
         assert relative(output, tensor_of(found.model(*args, **kwargs))) < TIGHT, f"step {step}"
@@ -232,7 +231,7 @@ def test_7_random_plans_agree_with_the_oracle(name: str) -> None:
 def test_where_frames_have_times_a_generation_begins_by_itself(name: str) -> None:
     found = zoo_case(name)
     model = compiled(found, make_plan(found, ["full", "cached", "window", "full"]))
-    calls = found.generation(4)
+    calls = found.generation(4, related=True)
     first = [tensor_of(model(*args, **kwargs)).clone() for args, kwargs in [*calls, *calls[:2], *calls]]
     assert all(torch.equal(first[step], first[step + 6]) for step in range(4))
 

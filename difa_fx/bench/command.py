@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from difa_fx.errors import OptionError
 from difa_fx.plan import Method, Plan
-from difa_fx.targets import check_folder_of
+from difa_fx.targets import check_folder_of, count
 
 if TYPE_CHECKING:
     from difa_fx.bench.records import Bench
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, help="path of the results, without a suffix")
     _add_sizes(parser)
     _add_contenders(parser)
-    parser.add_argument("--rounds", type=int, help="turns of every contender (default 5 on CPU, 20 on CUDA)")
+    parser.add_argument("--rounds", type=count, help="turns of every contender (default 5 on CPU, 20 on CUDA)")
     parser.add_argument("--warmup", type=int, default=1, help="turns before them that do not count (default 1)")
     parser.add_argument(
         "--processes", type=int, default=1, help="pairs of processes that measure compilation and memory (default 1)"
@@ -51,9 +51,9 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_sizes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layers", type=int, help="transformer layers (default as published)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[None], help="both halves of guidance together")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[None], help="image tokens (default as published)")
+    parser.add_argument("--layers", type=count, help="transformer layers (default as published)")
+    parser.add_argument("--batch", type=count, nargs="+", default=[None], help="both halves of guidance together")
+    parser.add_argument("--tokens", type=count, nargs="+", default=[None], help="image tokens (default as published)")
     parser.add_argument(
         "--window",
         nargs="+",
@@ -71,7 +71,7 @@ def _add_contenders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", nargs="*", default=methods, help=f"of {', '.join(methods)} (default all)")
     parser.add_argument("--plan", help="a plan's JSON file; it is measured over whole generations")
     parser.add_argument("--columns", help="the plan's columns for a denoiser with fewer sites, for instance 4,12,20,27")
-    parser.add_argument("--steps", type=int, help="steps of a generation (default as in the plan)")
+    parser.add_argument("--steps", type=count, help="steps of a generation (default as in the plan)")
     parser.add_argument(
         "--peers",
         nargs="*",

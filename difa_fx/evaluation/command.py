@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import pkgutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from difa_fx.errors import EvaluationError, OptionError
 from difa_fx.plan_io import write_text
-from difa_fx.targets import is_function
+from difa_fx.targets import called, count, is_function
 
 
 def add_parser(commands: Any) -> None:
@@ -28,8 +26,8 @@ def add_parser(commands: Any) -> None:
     coco.set_defaults(run=run_coco)
     for parser in (imagenet, coco):
         parser.add_argument("-o", "--output", type=Path, required=True, help="the folder that the images go to")
-        parser.add_argument("--count", type=int, required=True, help="how many images")
-        parser.add_argument("--size", type=int, required=True, help="pixels a side: scaled, and cut to the middle")
+        parser.add_argument("--count", type=count, required=True, help="how many images")
+        parser.add_argument("--size", type=count, required=True, help="pixels a side: scaled, and cut to the middle")
         parser.add_argument("--seed", type=int, default=0, help="another one chooses others (default %(default)s)")
 
 
@@ -52,7 +50,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--features", help="module:function that returns a network to use instead of Inception")
     parser.add_argument("--clip", help="name or folder of a CLIP model, or module:function that returns a score")
     parser.add_argument("--perceptual", help="module:function that returns a distance to use instead of LPIPS")
-    parser.add_argument("--batch-size", type=int, default=32, help="images at once (default %(default)s)")
+    parser.add_argument("--batch-size", type=count, default=32, help="images at once (default %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--checkpoint", type=Path, help="a folder for what was measured; go on there after a kill")
     parser.add_argument("--seed", type=int, default=0, help="of Inception Score's shuffle (default %(default)s)")
@@ -142,26 +140,15 @@ def _made_by(target: str | None) -> Any:
     """What the user's function ``module:function`` returns."""
     if target is None:
         return None
-    sys.path.insert(0, "")
-    try:
-        function = pkgutil.resolve_name(target) if is_function(target) else None
-    except (ImportError, AttributeError) as error:
-        raise _no_function(target, str(error)) from error
-    finally:
-        sys.path.remove("")
-    if not callable(function):
-        raise _no_function(target, "no function")
-    return function()
-
-
-def _no_function(target: str, got: str) -> OptionError:
-    return OptionError(
-        "the network cannot be loaded",
-        where=target,
-        got=got,
-        allowed="module:function, importable from here",
-        todo="name a function that takes nothing and returns the network",
-    )
+    if not is_function(target):
+        raise OptionError(
+            "the network cannot be loaded",
+            where=target,
+            got="no function",
+            allowed="module:function, importable from here",
+            todo="name a function that takes nothing and returns the network",
+        )
+    return called(target, "the network")
 
 
 def _table(folder: str, found: dict[str, Any]) -> str:
