@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from difa_fx._torch import input_sources, is_wrapped
 from difa_fx.errors import DifaError, GraphError
@@ -38,7 +39,16 @@ def unforeseen_is_typed(where: str) -> Iterator[None]:
 
 def refuse_wrapped(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Raise GraphError on weights that stand for other tensors: what a rewrite would make of them is not known."""
-    wrapped = {name: value for name, value in zip(input_sources(gm), inputs, strict=True) if is_wrapped(value)}
+    _refuse_wrapped(zip(input_sources(gm), inputs, strict=True))
+
+
+def refuse_wrapped_weights(denoiser: nn.Module) -> None:
+    """The same for a denoiser that no graph was made of yet."""
+    _refuse_wrapped(itertools.chain(denoiser.named_parameters(), denoiser.named_buffers()))
+
+
+def _refuse_wrapped(named: Iterable[tuple[str, Any]]) -> None:
+    wrapped = {name: value for name, value in named if is_wrapped(value)}
     if wrapped:
         name, value = next(iter(wrapped.items()))
         raise GraphError(

@@ -20,6 +20,7 @@ from torch import nn
 
 from difa_fx import plan_rules as rules
 from difa_fx.asked import Asked, given, wrong
+from difa_fx.boundary import refuse_wrapped_weights
 from difa_fx.calibration_job import CalibrationJob
 from difa_fx.checkpoint import Record, fingerprint_of, open_record
 from difa_fx.generation import generation_of
@@ -131,6 +132,7 @@ def calibrate(
         sampler=sampler,
         kwargs=given(guidance_scale=guidance_scale, negative_prompt=negative_prompt) | dict(pipeline_kwargs or {}),
     )
+    refuse_wrapped_weights(generation.denoiser)
     everything = asdict(asked) | {"samples": list(samples), "processes": workers.size} | generation.describe()
     everything |= {"versions": versions()} | ({"hardware": hardware()} if asked.search == "budget" else {})
     goals = dict.fromkeys(("threshold", "target_speedup", "target_flops"), "profile")
