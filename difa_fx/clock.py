@@ -199,6 +199,12 @@ class Clock:
         last, following = self.expected[self.first + step - 1], self.expected[self.first + step]
         return last != following and grid(last)[0] == grid(following)[0]
 
+    def announced_again(self) -> Clock:
+        """A clock for a generation with the same scheduler, which has not begun."""
+        made = Clock(self.steps, calls=self.calls, scheduler=self.scheduler, guessed=self.guessed)
+        made.begin(self._scheduled, self.span)
+        return made
+
     @property
     def _largest(self) -> float:
         return max(map(abs, self.expected)) if self.attached and self.expected else 0.0

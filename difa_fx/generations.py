@@ -189,7 +189,7 @@ class Generations:
             clock.tick(None)
             return clock
         found = self._fitting(line, told)
-        if found is None and self._late():
+        if found is None and not _waits(line) and self._late():
             found = self._fitting(line, told)
         if found is None:
             found = self._unclaimed(line, told)
@@ -210,10 +210,11 @@ class Generations:
         )
 
     def _fitting(self, line: _Line, told: Told) -> Clock | None:
-        timestep, grid = told.timestep, told.grid
+        timestep, grid, seen = told.timestep, told.grid, told.seen()
         assert timestep is not None
         for loose in (False, True):
             going = [c for c in line.clocks if c.position >= 0 and c.expects(timestep, grid, loose=loose)]
+            going = [c for c in going if not c.inputs.foreign(_as_next(c, seen))]
             waiting = [c for c in line.clocks if c.position < 0]
             starts = {c: step for c in waiting if (step := c.place_of(timestep, grid, loose=loose)) is not None}
             if not going and not starts:
@@ -249,19 +250,19 @@ class Generations:
         raise _untold(told, going[-1], "several generations of this thread could go on with it")
 
     def _unclaimed(self, line: _Line, told: Told) -> Clock | None:
-        """A generation that was announced in another thread and not begun there, if there is only one."""
-        assert told.timestep is not None
+        """A generation that was announced in another thread and not begun there, if there is only one.
+
+        It begins here; should it begin there, too, that is another one.
+        """
         waiting = [
-            (other, clock)
+            clock
             for other in self._lines.values()
             for clock in other.clocks
             if other is not line and clock.position < 0 and clock.scheduler is not None
         ]
-        if len(waiting) != 1:
+        if len(waiting) != 1 or _waits(line):
             return None
-        other, clock = waiting[0]
-        other.clocks.remove(clock)
-        line.clocks.append(clock)
+        line.clocks.append(waiting[0].announced_again())
         return self._fitting(line, told)
 
     def _unattended(self, line: _Line, told: Told) -> Clock:
@@ -317,9 +318,9 @@ class Generations:
         """Raise ClockError unless a call goes on with ``clock``'s generation and with no other."""
         if clock in going and not self._reads[clock.first + (clock.position + 1) // clock.calls]:
             return  # what reads no state cannot read another's
-        if going == [clock] and (clock.announced or clock.expected is not None) and not clock.ambiguous(told.grid):
-            return
         seen = told.seen()
+        if going == [clock] and not clock.ambiguous(told.grid) and self._vouched(clock, seen, told):
+            return
         verdicts = {other: _judged(other, seen) for other in going}
         mine = verdicts.get(clock)
         if mine is Verdict.OWN or (len(going) > 1 and _own(verdicts) is clock):
@@ -334,10 +335,27 @@ class Generations:
         if seen.latents is None or (mine is Verdict.UNRELATED and seen.conditions):
             raise _untold(told, clock, "the plan has no timesteps, and its latents are not those of the one that runs")
 
+    def _vouched(self, clock: Clock, seen: Seen, told: Told) -> bool:
+        """Whether a reset, or timesteps that are known, vouch for a call with ``clock``'s next timestep.
+
+        Raises:
+            ClockError: the call has nothing in common with the generation; or nobody announced it, and the call has
+                none of its conditions.
+        """
+        following = _as_next(clock, seen)
+        if clock.inputs.foreign(following) or (not clock.announced and clock.inputs.departs(following)):
+            raise _untold(told, clock, "none of its conditions are those of the generation that runs")
+        return clock.announced or clock.expected is not None
+
     def _refuse_overtaken(self, verdicts: Mapping[Clock, Verdict], told: Told) -> None:
         own = _own(verdicts)
         if own is not None:
             raise _overtaken(told, own)
+
+
+def _waits(line: _Line) -> bool:
+    """Whether a generation was announced in this thread that has not begun."""
+    return any(clock.scheduler is not None and clock.position < 0 for clock in line.clocks)
 
 
 def _untold(told: Told, clock: Clock, reason: str) -> ClockError:

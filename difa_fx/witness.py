@@ -80,12 +80,28 @@ class Witness:
 
     _latents: _Kept | None = None
     _conditions: dict[int, dict[str, _Kept]] = field(default_factory=dict)
+    _steady: dict[int, set[str]] = field(default_factory=dict)
 
     def note(self, seen: Seen) -> None:
         """Remember a call of the generation."""
         self._latents = None if seen.latents is None else _Kept.of(seen.latents)
-        if seen.branch not in self._conditions:
+        kept = self._conditions.get(seen.branch)
+        if kept is None:
             self._conditions[seen.branch] = {name: _Kept.of(value) for name, value in seen.conditions.items()}
+            return
+        same = {name for name, value in seen.conditions.items() if name in kept and kept[name].value is value}
+        self._steady[seen.branch] = self._steady.get(seen.branch, same) & same
+
+    def departs(self, seen: Seen) -> bool:
+        """Whether a call has none of the conditions that were the same tensors in all calls of the generation so far.
+
+        There are none where a sampler makes its conditions anew at each step, or where each step has its own.
+        """
+        kept, names = self._conditions.get(seen.branch, {}), self._steady.get(seen.branch, set())
+        pairs = [(kept[name], value) for name, value in seen.conditions.items() if name in names]
+        if not pairs or any(before.value is value for before, value in pairs):
+            return False
+        return all(before.equals(value) is False for before, value in pairs)
 
     def contradicts(self, seen: Seen) -> bool:
         """Whether a call has none of the generation's conditions."""
@@ -94,6 +110,13 @@ class Witness:
         if not pairs or any(before.value is value for before, value in pairs):
             return False
         return not any(before.equals(value) is not False for before, value in pairs)
+
+    def foreign(self, seen: Seen) -> bool:
+        """Whether a call has none of the generation's conditions, and latents that are not like its last."""
+        if seen.latents is None or not self.contradicts(seen):
+            return False
+        before = None if self._latents is None else self._latents.now()
+        return before is not None and before.shape == seen.latents.shape and not _related(before, seen.latents)
 
     def judge(self, seen: Seen) -> Verdict:
         """Whether a call belongs to the generation, as far as its inputs tell."""

@@ -9,7 +9,7 @@ import torch
 from models import Case, dit, tensor_of
 from torch import Tensor, nn
 
-from difa_fx.plan import Plan
+from difa_fx.plan import CFGOrder, Plan
 
 STEPS = 5
 ROWS = ["full", "cached", "window", "full", "cached"]
@@ -27,10 +27,10 @@ class Pipe:
             setattr(self, name, module)
 
 
-def inputs(seed: int, batch: int = 2) -> tuple[Tensor, Tensor]:
-    """Latents [B, 4, 8, 8] and labels [B]."""
+def inputs(seed: int, batch: int = 2, side: int = 8) -> tuple[Tensor, Tensor]:
+    """Latents [B, 4, side, side] and labels [B]."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 4, 8, 8, generator=generator), torch.randint(10, (batch,), generator=generator)
+    return torch.randn(batch, 4, side, side, generator=generator), torch.randint(10, (batch,), generator=generator)
 
 
 Denoise = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -70,10 +70,10 @@ def case() -> Case:
     return replace(dit(layers=2), cfg_order=None)
 
 
-def plan_for(found: Case, rows: list[str] | None = None) -> Plan:
+def plan_for(found: Case, rows: list[str] | None = None, cfg: CFGOrder | None = None) -> Plan:
     """A plan of ``STEPS`` steps."""
     methods = [[row] * len(found.sites) for row in rows or ROWS]
-    return Plan(steps=len(methods), sites=found.sites, methods=methods, window=5, cfg=None)
+    return Plan(steps=len(methods), sites=found.sites, methods=methods, window=5, cfg=cfg)
 
 
 def oracle_of(module: nn.Module, plan: Plan, *, first: int = 0) -> Denoise:
