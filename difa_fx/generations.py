@@ -252,7 +252,7 @@ class Generations:
     def _unclaimed(self, line: _Line, told: Told) -> Clock | None:
         """A generation that was announced in another thread and not begun there, if there is only one.
 
-        It begins here; should it begin there, too, that is another one.
+        It begins here, where none runs; should it begin there, too, that is another one.
         """
         waiting = [
             clock
@@ -260,7 +260,8 @@ class Generations:
             for clock in other.clocks
             if other is not line and clock.position < 0 and clock.scheduler is not None
         ]
-        if len(waiting) != 1 or _waits(line):
+        going = any(clock.scheduler is not None and clock.position < clock.count - 1 for clock in line.clocks)
+        if len(waiting) != 1 or going:
             return None
         line.clocks.append(waiting[0].announced_again())
         return self._fitting(line, told)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from difa_fx._torch import apart_from_dynamo, input_sources
 from difa_fx.between_graphs import BetweenGraphs
 from difa_fx.boundary import refuse_wrapped, unforeseen_is_typed
 from difa_fx.cost import site_flops
+from difa_fx.outside_graphs import Break, break_of, outside_graphs
 from difa_fx.passes.canonicalize import CanonicalGraph, canonicalize
 from difa_fx.passes.find_attention import Attention, find_attention
 from difa_fx.passes.graph_tools import placeholders, takes_tensors
@@ -22,6 +23,7 @@ from difa_fx.passes.inputs import source_name
 from difa_fx.passes.partition import partition
 from difa_fx.passes.sites import Origin
 from difa_fx.plan import Method
+from difa_fx.session import module_of
 
 
 def _cpu_attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -86,8 +88,11 @@ class GraphReport:
 def inspect(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[GraphReport, ...]:
     """Trace ``model`` on example inputs and report its attention: one record a graph.
 
-    The model runs once, eagerly; nothing is compiled and nothing about it changes.  Dynamo's
-    caches are cleared first, so other compiled code compiles again at its next call.
+    Where Dynamo breaks the denoiser, attention that runs in no graph comes last, in a record of its own, with the
+    break.
+
+    The model runs once, eagerly, or twice where there are breaks; nothing is compiled and nothing about it changes.
+    Dynamo's caches are cleared first, so other compiled code compiles again at its next call.
 
     Args:
         model: the denoiser.
@@ -98,9 +103,12 @@ def inspect(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
         GraphError: a graph holds what difa_fx cannot read.
     """
     reports: list[GraphReport] = []
+    breaks: list[Break] = []
     between = BetweenGraphs()
 
     def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        ended = break_of(gm)
+        breaks.extend([] if ended is None else [ended])
         origins: Sequence[Origin] | None = None
 
         def run(*args: Any) -> Any:
@@ -118,7 +126,15 @@ def inspect(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) ->
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(model, backend=capture, dynamic=False)(*args, **kwargs)
+    module = module_of(model)
+    if module is not None and (breaks or not reports):
+        held = [path for r in reports for path in (*(site.path for site in r.sites), *(path for path, _ in r.rejected))]
+        outside = outside_graphs(module, args, kwargs, held, breaks)
+        reports += [replace(_NOTHING, rejected=outside)] if outside else []
     return tuple(reports)
+
+
+_NOTHING = GraphReport((), (), 0, 0, 0, None, None)
 
 
 def report(gm: fx.GraphModule, inputs: Sequence[Any]) -> GraphReport:
@@ -136,7 +152,7 @@ def _examined(
     """What is found in a graph, and what is known of what it yields."""
     refuse_wrapped(gm, inputs)
     if not takes_tensors(inputs):
-        return GraphReport((), (), 0, 0, 0, None, None), ()
+        return _NOTHING, ()
     with unforeseen_is_typed("inspect"):
         canonical = canonicalize(gm, inputs, sources=input_sources(gm))
         found = find_attention(canonical, between.of(inputs, after=len(canonical.sources) - len(inputs)))

@@ -21,6 +21,7 @@ from difa_fx._torch.dynamo import (
     is_static_input,
     is_wrapped,
 )
+from difa_fx._torch.eager import noted_operators
 from difa_fx._torch.flex import flex_band, flex_with_lse
 from difa_fx._torch.inductor import (
     CUDA_GRAPHS,
@@ -84,6 +85,7 @@ __all__ = [
     "memory_of",
     "mode_of",
     "new_fake_mode",
+    "noted_operators",
     "own_cublas_workspace",
     "propagate",
     "same_addresses",
