@@ -16,43 +16,28 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from difa_fx.callers import Caller, caller
-from difa_fx.clock import ATTACH, Clock, Grid, exact
+from difa_fx.clock import Clock
 from difa_fx.elsewhere import other_timesteps, tell
 from difa_fx.errors import ClockError
+from difa_fx.generation_line import (
+    Line,
+    Told,
+    as_next,
+    is_of,
+    is_ownerless,
+    judged,
+    overtaken,
+    own_of,
+    reference_to,
+    untold,
+    waits,
+)
 from difa_fx.plan import Plan
 from difa_fx.witness import Seen, Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What a call tells of itself.
-
-    Attributes:
-        timestep: value of the graph's timestep input; None when it has none.
-        grid: of its dtype.
-        seen: its other inputs.
-    """
-
-    timestep: float | None
-    grid: Grid = exact
-    seen: Callable[[], Seen] = Seen
-
-
-@dataclass(slots=True, eq=False)
-class _Line:
-    """What one caller runs: generations of attached pipelines, or one and those that it cut short.
-
-    Attributes:
-        clocks: the latest last.
-        cut: generations that another one followed before their end; their state is gone.
-    """
-
-    clocks: list[Clock] = field(default_factory=list)
-    cut: list[Clock] = field(default_factory=list)
 
 
 class Generations:
@@ -68,7 +53,7 @@ class Generations:
         self._plan, self._drop, self._late = plan, drop, late
         self._reads = [any(m.windowed or not m.computes for m in row) for row in plan.methods]
         self._learned: tuple[float, ...] | None = None
-        self._lines: weakref.WeakKeyDictionary[Caller, _Line] = weakref.WeakKeyDictionary()
+        self._lines: weakref.WeakKeyDictionary[Caller, Line] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
         self.attached = self._told = False
 
@@ -117,11 +102,11 @@ class Generations:
         with self._lock:
             self.attached = True
             for line in self._lines.values():
-                for clock in [c for c in line.clocks if _of(c, scheduler)]:
+                for clock in [c for c in line.clocks if is_of(c, scheduler)]:
                     self._end(clock)
             mine = self._line(who)
             mine.cut.clear()
-            for clock in [c for c in mine.clocks if _ownerless(c)]:
+            for clock in [c for c in mine.clocks if is_ownerless(c)]:
                 self._end(clock)
             idle = [c for c in mine.clocks if c.position == c.count - 1]
             clock = idle[0] if idle else Clock(self._plan.steps, calls=self._plan.calls_per_step)
@@ -165,13 +150,13 @@ class Generations:
             if len(line.clocks) == 1:
                 self._drop(line.clocks[0])
 
-    def _line(self, who: Caller = None) -> _Line:
-        return self._lines.setdefault(caller() if who is None else who, _Line())
+    def _line(self, who: Caller = None) -> Line:
+        return self._lines.setdefault(caller() if who is None else who, Line())
 
     def _known(self) -> tuple[float, ...] | None:
         return self._plan.timesteps or self._learned
 
-    def _added(self, line: _Line) -> Clock:
+    def _added(self, line: Line) -> Clock:
         clock = Clock(self._plan.steps, self._known(), calls=self._plan.calls_per_step)
         line.clocks.append(clock)
         return clock
@@ -182,14 +167,14 @@ class Generations:
         clock.position = clock.count - 1
         clock.scheduler = None
 
-    def _scheduled(self, line: _Line, told: Told) -> Clock:
+    def _scheduled(self, line: Line, told: Told) -> Clock:
         """The clock of a call under schedulers that are heard."""
         if told.timestep is None:
             clock = line.clocks[-1] if line.clocks else self._added(line)
             clock.tick(None)
             return clock
         found = self._fitting(line, told)
-        if found is None and not _waits(line) and self._late():
+        if found is None and not waits(line) and self._late():
             found = self._fitting(line, told)
         if found is None:
             found = self._unclaimed(line, told)
@@ -209,12 +194,12 @@ class Generations:
             "denoiser without it",
         )
 
-    def _fitting(self, line: _Line, told: Told) -> Clock | None:
+    def _fitting(self, line: Line, told: Told) -> Clock | None:
         timestep, grid, seen = told.timestep, told.grid, told.seen()
         assert timestep is not None
         for loose in (False, True):
             going = [c for c in line.clocks if c.position >= 0 and c.expects(timestep, grid, loose=loose)]
-            going = [c for c in going if not c.inputs.foreign(_as_next(c, seen))]
+            going = [c for c in going if not c.inputs.foreign(as_next(c, seen))]
             waiting = [c for c in line.clocks if c.position < 0]
             starts = {c: step for c in waiting if (step := c.place_of(timestep, grid, loose=loose)) is not None}
             if not going and not starts:
@@ -241,15 +226,15 @@ class Generations:
         if not going:
             return waiting[-1]
         seen = told.seen()
-        verdicts = {clock: _judged(clock, seen) for clock in going}
-        own = _own(verdicts, alone=not waiting)
+        verdicts = {clock: judged(clock, seen) for clock in going}
+        own = own_of(verdicts, alone=not waiting)
         if own is not None:
             return own
         if waiting and all(verdict is Verdict.OTHER for verdict in verdicts.values()):
             return waiting[-1]
-        raise _untold(told, going[-1], "several generations of this thread could go on with it")
+        raise untold(told, going[-1], "several generations of this thread could go on with it")
 
-    def _unclaimed(self, line: _Line, told: Told) -> Clock | None:
+    def _unclaimed(self, line: Line, told: Told) -> Clock | None:
         """A generation that was announced in another thread and not begun there, if there is only one.
 
         It begins here, where none runs; should it begin there, too, that is another one.
@@ -266,7 +251,7 @@ class Generations:
         line.clocks.append(waiting[0].announced_again())
         return self._fitting(line, told)
 
-    def _unattended(self, line: _Line, told: Told) -> Clock:
+    def _unattended(self, line: Line, told: Told) -> Clock:
         """The clock of a call without a scheduler."""
         clock = line.clocks[-1] if line.clocks else self._added(line)
         timestep, grid = told.timestep, told.grid
@@ -295,7 +280,7 @@ class Generations:
         clock.tick(timestep, grid=grid)
         return clock
 
-    def _begin(self, line: _Line, clock: Clock) -> None:
+    def _begin(self, line: Line, clock: Clock) -> None:
         if clock.running:
             line.cut.append(clock.resume())
         self._drop(clock)
@@ -307,13 +292,13 @@ class Generations:
         if clock in going and clock.announced and not clock.ambiguous(told.grid):
             return True
         seen = told.seen()
-        verdicts = {other: _judged(other, seen) for other in going}
+        verdicts = {other: judged(other, seen) for other in going}
         if verdicts.get(clock) is Verdict.OWN:
             return True
         self._refuse_overtaken(verdicts, told)
         if Verdict.UNKNOWN not in verdicts.values():
             return False
-        raise _untold(told, clock, "it could begin a generation, and go on with the one that runs")
+        raise untold(told, clock, "it could begin a generation, and go on with the one that runs")
 
     def _check(self, going: list[Clock], clock: Clock, told: Told) -> None:
         """Raise ClockError unless a call goes on with ``clock``'s generation and with no other."""
@@ -322,19 +307,19 @@ class Generations:
         seen = told.seen()
         if going == [clock] and not clock.ambiguous(told.grid) and self._vouched(clock, seen, told):
             return
-        verdicts = {other: _judged(other, seen) for other in going}
+        verdicts = {other: judged(other, seen) for other in going}
         mine = verdicts.get(clock)
-        if mine is Verdict.OWN or (len(going) > 1 and _own(verdicts) is clock):
+        if mine is Verdict.OWN or (len(going) > 1 and own_of(verdicts) is clock):
             return
         self._refuse_overtaken(verdicts, told)
         if going != [clock]:
-            raise _untold(told, clock, "another generation was cut short, and could go on with it, too")
+            raise untold(told, clock, "another generation was cut short, and could go on with it, too")
         if mine is Verdict.OTHER:
-            raise _untold(told, clock, "none of its conditions are those of the generation that runs")
+            raise untold(told, clock, "none of its conditions are those of the generation that runs")
         if clock.ambiguous(told.grid):
-            raise _untold(told, clock, "its dtype cannot tell this step's timestep from the last one's")
+            raise untold(told, clock, "its dtype cannot tell this step's timestep from the last one's")
         if seen.latents is None or (mine is Verdict.UNRELATED and seen.conditions):
-            raise _untold(told, clock, "the plan has no timesteps, and its latents are not those of the one that runs")
+            raise untold(told, clock, "the plan has no timesteps, and its latents are not those of the one that runs")
 
     def _vouched(self, clock: Clock, seen: Seen, told: Told) -> bool:
         """Whether a reset, or timesteps that are known, vouch for a call with ``clock``'s next timestep.
@@ -343,70 +328,12 @@ class Generations:
             ClockError: the call has nothing in common with the generation; or nobody announced it, and the call has
                 none of its conditions.
         """
-        following = _as_next(clock, seen)
+        following = as_next(clock, seen)
         if clock.inputs.foreign(following) or (not clock.announced and clock.inputs.departs(following)):
-            raise _untold(told, clock, "none of its conditions are those of the generation that runs")
+            raise untold(told, clock, "none of its conditions are those of the generation that runs")
         return clock.announced or clock.expected is not None
 
     def _refuse_overtaken(self, verdicts: Mapping[Clock, Verdict], told: Told) -> None:
-        own = _own(verdicts)
+        own = own_of(verdicts)
         if own is not None:
-            raise _overtaken(told, own)
-
-
-def _waits(line: _Line) -> bool:
-    """Whether a generation was announced in this thread that has not begun."""
-    return any(clock.scheduler is not None and clock.position < 0 for clock in line.clocks)
-
-
-def _untold(told: Told, clock: Clock, reason: str) -> ClockError:
-    return ClockError(
-        f"whose generation this call belongs to cannot be told: {reason}",
-        where=f"step clock, after {clock.place()}",
-        got=f"timestep {told.timestep:g}",
-        allowed="calls that timesteps or inputs prove to belong to one generation",
-        todo=ATTACH + "; give the plan its 'timesteps'",
-    )
-
-
-def _overtaken(told: Told, clock: Clock) -> ClockError:
-    return ClockError(
-        "this call goes on with a generation after which another one began",
-        where=f"step clock, after {clock.place()}",
-        got=f"timestep {told.timestep:g}",
-        allowed="one generation after the other in a thread, unless a pipeline is attached",
-        todo="attach a pipeline for each, run them in threads of their own, or finish one before the next begins",
-    )
-
-
-def _own(verdicts: Mapping[Clock, Verdict], *, alone: bool = True) -> Clock | None:
-    """The generation that inputs say a call belongs to; ``alone``: and to one of these it does."""
-    own = [clock for clock, verdict in verdicts.items() if verdict is Verdict.OWN]
-    if own:
-        return own[-1]
-    possible = [clock for clock, verdict in verdicts.items() if verdict is not Verdict.OTHER]
-    return possible[0] if alone and len(possible) == 1 < len(verdicts) else None
-
-
-def _as_next(clock: Clock, seen: Seen) -> Seen:
-    return replace(seen, branch=(clock.position + 1) % clock.calls)
-
-
-def _judged(clock: Clock, seen: Seen) -> Verdict:
-    return clock.inputs.judge(_as_next(clock, seen))
-
-
-def reference_to(value: Any) -> Callable[[], Any]:
-    """A weak reference, or a strong one where there is no weak one."""
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return lambda: value
-
-
-def _of(clock: Clock, scheduler: Any) -> bool:
-    return clock.scheduler is not None and clock.scheduler() is scheduler
-
-
-def _ownerless(clock: Clock) -> bool:
-    return clock.scheduler is None or clock.scheduler() is None
+            raise overtaken(told, own)

@@ -20,7 +20,8 @@ from difa_fx._torch import WeakIdKeyDictionary
 from difa_fx.between_graphs import BetweenGraphs
 from difa_fx.callers import Caller, caller
 from difa_fx.clock import Clock
-from difa_fx.generations import Generations, Told, reference_to
+from difa_fx.generation_line import Told, reference_to
+from difa_fx.generations import Generations
 from difa_fx.options import Options
 from difa_fx.plan import Plan
 from difa_fx.runtime import Runner, owners

@@ -11,28 +11,26 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from difa_fx._torch import WeakIdKeyDictionary
-from difa_fx.attention import cfg_half
 from difa_fx.boundary import unforeseen_is_typed
+from difa_fx.cfg_halves import check_halves
 from difa_fx.clock import Clock
 from difa_fx.compile import PieceCompiler
-from difa_fx.cost import SiteShape
 from difa_fx.cuda_graphs import GraphMaker, Launched
 from difa_fx.errors import CFGError, ClockError, DifaError
-from difa_fx.generations import Told
+from difa_fx.generation_line import Told
+from difa_fx.handover import fit_from, kinds_of
 from difa_fx.passes.find_attention import Attention
 from difa_fx.passes.graph_tools import placeholders
 from difa_fx.passes.inputs import DenoiserInputs
 from difa_fx.passes.partition import Partition
-from difa_fx.passes.rewrite import residual_axis
-from difa_fx.passes.sites import AttentionSite
-from difa_fx.program import Program, ProgramBuilder, State, StateKey, output_number
+from difa_fx.program import Program, ProgramBuilder, State
+from difa_fx.runner_context import Alone, ClockSource, Company
 from difa_fx.schedule import FULL, Schedule, SiteStep
 from difa_fx.sessions import RunnerStats, Session
 from difa_fx.timestep import TimestepReader, grid_of
@@ -47,95 +45,6 @@ class _Served(threading.local):
 
 served = _Served()
 """Whoever calls a denoiser can tell by it whether sites ran."""
-
-
-class ClockSource(Protocol):
-    """Where a runner gets the clock of the generation that a call belongs to."""
-
-    def tick(self, owner: object, told: Told) -> Clock:
-        """The clock, moved on to the call; raises ClockError where the call belongs to no generation."""
-        ...
-
-    def latest(self, owner: object) -> Clock | None:
-        """The clock that the caller's last call moved."""
-        ...
-
-    def abandon(self, owner: object) -> None:
-        """A call was refused."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class OneClock:
-    """A single generation, for runs in a known order."""
-
-    clock: Clock
-
-    def tick(self, owner: object, told: Told) -> Clock:
-        """See :class:`ClockSource`."""
-        self.clock.tick(told.timestep, grid=told.grid)
-        return self.clock
-
-    def latest(self, owner: object) -> Clock | None:
-        """See :class:`ClockSource`."""
-        return self.clock
-
-    def abandon(self, owner: object) -> None:
-        """Its sessions are given up by their runner."""
-
-
-class Company(Protocol):
-    """What a runner knows of the compilation that it belongs to."""
-
-    @property
-    def runners(self) -> Sequence[Runner]:
-        """All runners of the compilation."""
-        ...
-
-    @property
-    def broken(self) -> bool:
-        """Whether Dynamo broke the denoiser into several graphs."""
-        ...
-
-    @property
-    def guided(self) -> bool:
-        """Whether the plan's batch holds two halves of guidance."""
-        ...
-
-    def check_sites(self) -> None:
-        """Raise PlanError when the graphs together lack a site of the plan."""
-        ...
-
-    def followed(self) -> Clock | None:
-        """In a broken denoiser, the clock that the caller's last graph with a timestep moved."""
-        ...
-
-    def follow(self, clock: Clock) -> None:
-        """The graphs that this caller runs next belong to ``clock``'s call."""
-        ...
-
-    def join(self, owner: object, clock: Clock) -> None:
-        """A graph with the parameter ``owner`` follows ``clock``: it is of the same denoiser."""
-        ...
-
-
-class Alone:
-    """A runner without company."""
-
-    runners: Sequence[Runner] = ()
-    broken = guided = False
-
-    def check_sites(self) -> None:
-        """Nothing to check."""
-
-    def followed(self) -> Clock | None:
-        """Nobody to follow."""
-
-    def follow(self, clock: Clock) -> None:
-        """Nobody follows."""
-
-    def join(self, owner: object, clock: Clock) -> None:
-        """Nobody follows."""
 
 
 class Runner:
@@ -168,12 +77,12 @@ class Runner:
     ) -> None:
         self.attention, self.partition, self.schedule = attention, partition, schedule
         self.written = written
-        self._compiler, self._strict = compiler, strict
+        self.compiler, self._strict = compiler, strict
         self._owner_position, self._clocks = owner_position, clocks
-        self._company, self._make_graphs = company or Alone(), graphs
-        self._sites = {site.path: site for site in attention.sites}
-        self._shapes = {site.path: site.shape for site in attention.sites}
-        self._kinds = {site.path: _kinds(site) for site in attention.sites}
+        self.company, self._make_graphs = company or Alone(), graphs
+        self.sites_by_path = {site.path: site for site in attention.sites}
+        self.shapes = {site.path: site.shape for site in attention.sites}
+        self.kinds = {site.path: kinds_of(site) for site in attention.sites}
         self._builder = ProgramBuilder(graph, partition, compiler)
         self._sessions: list[weakref.ref[Session]] = []
         self._served, self._served_ownerless = WeakIdKeyDictionary(), False
@@ -192,9 +101,9 @@ class Runner:
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """One call of the denoiser with the graph's inputs; gives the graph's outputs."""
-        if self._sites:
+        if self.sites_by_path:
             served.calls += 1
-        if self._company.broken and not self._sites and self.attention.inputs.timestep is None:
+        if self.company.broken and not self.sites_by_path and self.attention.inputs.timestep is None:
             self._note(self._owner(args))
             return self._builder.run_program(self.programs[0], args, {})  # it may come before the timestep is known
         owner = self._owner(args)
@@ -271,15 +180,15 @@ class Runner:
     def stats(self) -> RunnerStats:
         """Counts and sizes, now."""
         return RunnerStats(
-            sites=tuple(self._sites),
-            shapes=self._shapes,
+            sites=tuple(self.sites_by_path),
+            shapes=self.shapes,
             unique_blocks=len(self.partition.unique_blocks),
             segments=len(self.partition.segments),
-            pieces=len(self._compiler.pieces),
-            compile_seconds=self._compiler.seconds,
+            pieces=len(self.compiler.pieces),
+            compile_seconds=self.compiler.seconds,
             state_bytes=sum(s.state_bytes for s in self.sessions),
             peak_state_bytes=max((s.peak_bytes for s in self.sessions), default=0),
-            predicted_state_bytes=self.schedule.state_bytes(self._shapes),
+            predicted_state_bytes=self.schedule.state_bytes(self.shapes),
             calls=self.calls,
         )
 
@@ -289,7 +198,7 @@ class Runner:
             self._builder.compile_rows(rows)
             return tuple(self._builder.program(row) for row in rows)
 
-    def _part(self, first: int) -> tuple[Schedule, tuple[Program, ...]]:
+    def part(self, first: int) -> tuple[Schedule, tuple[Program, ...]]:
         """What a generation runs that begins at the plan's step ``first``."""
         if not first or self._later is None:
             return self.schedule, self.programs
@@ -321,7 +230,7 @@ class Runner:
 
     def _launch_ahead(self, owner: object, args: Sequence[Any]) -> tuple[Session | None, Launched | None]:
         """Begin the call that comes next if the generation goes on, while its timestep is on the way to the host."""
-        clock = None if self._make_graphs is None or self._company.broken else self._clocks.latest(owner)
+        clock = None if self._make_graphs is None or self.company.broken else self._clocks.latest(owner)
         session = None if clock is None else self.session_of(clock)
         if clock is None or session is None or session.graphs is None or clock.first or not clock.running:
             return None, None
@@ -336,24 +245,24 @@ class Runner:
         others follow.
         """
         told = Told(timestep, self._grid, lambda: self._seen(args))
-        if not self._company.broken:
+        if not self.company.broken:
             return self._clocks.tick(owner, told)
-        followed = self._company.followed()
+        followed = self.company.followed()
         if followed is not None and not self._ran(followed) and timestep in (None, followed.timestep):
-            self._company.join(owner, followed)
+            self.company.join(owner, followed)
             return followed
         if timestep is None:
             raise ClockError(
                 "the denoiser runs as several graphs, and the one that reads the timestep did not run before this one",
                 where="step clock",
-                got=f"graph with sites {', '.join(self._sites) or 'none'}",
+                got=f"graph with sites {', '.join(self.sites_by_path) or 'none'}",
                 allowed="one graph with the timestep among its inputs, first in each call",
                 todo="look for graph breaks with TORCH_LOGS=graph_breaks, and compile the whole denoiser",
             )
         if followed is not None:
-            self._company.check_sites()
+            self.company.check_sites()
         clock = self._clocks.tick(owner, told)
-        self._company.follow(clock)
+        self.company.follow(clock)
         return clock
 
     def _ran(self, clock: Clock) -> bool:
@@ -361,7 +270,7 @@ class Runner:
         return session is not None and session.ran(clock.position)
 
     def _seen(self, args: Sequence[Any]) -> Seen:
-        if self._company.broken:
+        if self.company.broken:
             return Seen()  # what one graph of several is given may come from another
         latents = self.attention.inputs.latents
         conditions = {name: args[position] for name, position in self._conditions.items()}
@@ -376,7 +285,7 @@ class Runner:
         known = self._without_guidance
         if known is not None and known._ran_before(clock):
             return known
-        doubled = (r for r in self._company.runners if batch and r.attention.inputs.batch == 2 * batch)
+        doubled = (r for r in self.company.runners if batch and r.attention.inputs.batch == 2 * batch)
         if not any(runner._ran_before(clock) for runner in doubled):
             return self
         with self._lock:
@@ -399,7 +308,7 @@ class Runner:
             self._warned = False
             if session.graphs is not None and not clock.first:
                 session.graphs.begin(call)
-        elif self._sites and not session.ran(call - 1) and not self._take_over(session, args):
+        elif self.sites_by_path and not session.ran(call - 1) and not self._take_over(session, args):
             raise ClockError(
                 "there is no state to go on with in the middle of a generation",
                 where=f"step {clock.step}",
@@ -409,17 +318,17 @@ class Runner:
                 "two halves of guidance to the conditional one",
                 todo="begin a new generation, and keep the batch (and CFG) the same throughout it",
             )
-        self._check_halves(session, args)
+        check_halves(session, self.part(clock.first)[0], [args[position] for position in self.attention.inputs.given])
         session.generation, session.position = clock.generation, call
 
     def _take_over(self, session: Session, args: Sequence[Any]) -> bool:
         """Take the state of the runner that served the call before, if it fits this one."""
         clock = session.clock
-        for other in self._company.runners:
+        for other in self.company.runners:
             theirs = None if other is self else other.session_of(clock)
             if theirs is None or not theirs.ran(clock.position - 1):
                 continue
-            fit = self._fit_from(other, clock)
+            fit = fit_from(self, other, clock)
             if fit is not None:
                 session.state = {key: fit(key, value) for key, value in theirs.state.items()}
                 if session.graphs is not None:
@@ -429,56 +338,9 @@ class Runner:
                 return True
         return False
 
-    def _fit_from(self, other: Runner, clock: Clock) -> Callable[[StateKey, Tensor], Tensor] | None:
-        """How a tensor of another runner's state before ``clock``'s call becomes one of this runner's, if it can."""
-        if other._kinds != self._kinds:
-            return None
-        if other._shapes == self._shapes and other.schedule == self.schedule:
-            return lambda _, value: value
-        doubled = {path: replace(shape, **_twice(shape)) for path, shape in self._shapes.items()}
-        if other._shapes != doubled or any(map(_shares, self.schedule.rows)) or not self._company.guided:
-            return None
-        schedule, _ = other._part(clock.first)
-        row, second = schedule.row(clock.position - 1), self._compiler.settings.second
-
-        def conditional(key: StateKey, value: Tensor) -> Tensor:
-            site, entry, residual = other._sites[key[0]], row[key[0]], key[1].startswith("residual")
-            if entry.residual_half if residual else entry.output_half:
-                return value
-            axis = residual_axis(site) if residual else site.output_axes[output_number(key)]
-            return cfg_half(value, axis=axis, second=second).contiguous()
-
-        return conditional
-
-    def _check_halves(self, session: Session, args: Sequence[Any]) -> None:
-        """A CFG batch holds the same latents twice; anything else must not share a half.
-
-        They are compared at the first call, so that a fault is told early, and wherever a half is shared.  On CUDA the
-        answer is read when the next call's timestep is there, or at the last call, so that the device need not be
-        waited for.
-        """
-        before, session.unequal = session.unequal, None
-        if before is not None and bool(before):
-            raise _unequal_halves()
-        schedule, _ = self._part(session.clock.first)
-        call = session.clock.position
-        rows = schedule.rows if call == 0 else schedule.rows[call : call + 1]
-        if schedule.calls_per_step != 1 or not any(map(_shares, rows)):
-            return
-        for position in self.attention.inputs.given:
-            first, second = args[position].chunk(2)
-            if first.is_cuda:
-                unequal = (first != second).any()
-                session.unequal = unequal if session.unequal is None else session.unequal | unequal
-            elif not torch.equal(first, second):
-                raise _unequal_halves(args[position].shape[0])
-        last = session.clock.position == session.clock.count - 1
-        if last and session.unequal is not None and bool(session.unequal):
-            raise _unequal_halves()
-
     def _run(self, args: Sequence[Any], session: Session, ahead: Launched | None) -> tuple[Any, ...]:
         clock = session.clock
-        _, programs = self._part(clock.first)
+        _, programs = self.part(clock.first)
         if session.graphs is None or clock.first:
             outputs = self._builder.run_program(programs[clock.position], args, session.state)
             outputs = self._apart(outputs, session.state, (clock.first, clock.position))
@@ -508,7 +370,7 @@ class Runner:
             warnings.warn(f"difa_fx runs full attention: {error}", stacklevel=3)
         with self._lock:
             if self._full is None:
-                row = {path: SiteStep(FULL) for path in self._sites}
+                row = {path: SiteStep(FULL) for path in self.sites_by_path}
                 self._builder.compile_rows([row])
                 self._full = self._builder.program(row)
         return self._builder.run_program(self._full, args, {})
@@ -520,18 +382,6 @@ def owners(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def _kinds(site: AttentionSite) -> list[tuple[torch.dtype, torch.device]]:
-    """Dtype and device of each output, and of the residual."""
-    values = [node.meta["val"] for node in (*site.outputs, site.call.q)]
-    return [(value.dtype, value.device) for value in values]
-
-
-def _twice(shape: SiteShape) -> dict[str, int]:
-    """The sizes of a site at twice the batch."""
-    sizes = ("batch", "projection_flops", "output_numel", "residual_numel")
-    return {name: 2 * getattr(shape, name) for name in sizes}
-
-
 def _timestep_dtype(graph: fx.Graph, timestep: int | None) -> torch.dtype | None:
     value = None if timestep is None else placeholders(graph)[timestep].meta.get("val")
     return value.dtype if isinstance(value, Tensor) else None
@@ -541,18 +391,3 @@ def _conditions(names: Sequence[str], inputs: DenoiserInputs) -> dict[str, int]:
     """Positions of the inputs that may stay the same throughout a generation; ``names`` has "" for weights."""
     known = (*inputs.samples, inputs.timestep)
     return {name: position for position, name in enumerate(names) if name and position not in known}
-
-
-def _shares(row: Sequence[SiteStep]) -> bool:
-    """Whether a site computes one half of the batch for both."""
-    return any(entry.runs and entry.action.method.shares_cfg for entry in row)
-
-
-def _unequal_halves(batch: int | None = None) -> CFGError:
-    return CFGError(
-        "the plan shares the conditional half of the batch, but the two halves hold different latents",
-        where="a step with a '+cfg' method",
-        got=f"a batch {f'of {batch} ' if batch else ''}that is not the same latents twice",
-        allowed="latents repeated for the conditional and the unconditional half",
-        todo="turn classifier-free guidance on, or use a plan without '+cfg' methods",
-    )

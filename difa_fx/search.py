@@ -29,7 +29,8 @@ from difa_fx.passes.window_attention import fitted
 from difa_fx.plan import CFGOrder, Method, Plan
 from difa_fx.plan_words import Window, calls_per_step
 from difa_fx.program import Call, ProgramBuilder, State
-from difa_fx.runtime import OneClock, Runner
+from difa_fx.runner_context import OneClock
+from difa_fx.runtime import Runner
 from difa_fx.schedule import FULL, SiteAction, SiteStep, make_schedule, open_calls, open_step, without_residuals
 from difa_fx.step_calls import TwoCalls
 

@@ -15,7 +15,8 @@ from models import Case, dit, relative, tensor_of, toy
 import difa_fx
 from difa_fx import registry
 from difa_fx.errors import CFGError, ClockError, SiteError
-from difa_fx.generations import Generations, Told
+from difa_fx.generation_line import Told
+from difa_fx.generations import Generations
 from difa_fx.plan import Plan
 from difa_fx.timestep import grid_of
 
