@@ -325,11 +325,9 @@ class Generations:
         """Whether a reset, or timesteps that are known, vouch for a call with ``clock``'s next timestep.
 
         Raises:
-            ClockError: the call has nothing in common with the generation; or nobody announced it, and the call has
-                none of its conditions.
+            ClockError: nobody announced the generation, and the call has none of its conditions.
         """
-        following = as_next(clock, seen)
-        if clock.inputs.foreign(following) or (not clock.announced and clock.inputs.departs(following)):
+        if not clock.announced and clock.inputs.departs(as_next(clock, seen)):
             raise untold(told, clock, "none of its conditions are those of the generation that runs")
         return clock.announced or clock.expected is not None
 

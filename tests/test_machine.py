@@ -96,7 +96,7 @@ class Users(RuleBasedStateMachine):
         if Users.made is None:
             bare = case().model
             plans = {name: plan_for(case(), rows, "cond_first") for name, rows in ROWS.items()}
-            by_hand = plan_for(case())
+            by_hand = plan_for(case()).replace(timesteps=TIMES)
             compiled = torch.compile(bare, backend="difa", options={"plan": by_hand, "compiler": "eager"})
             Users.made = plans, by_hand, [case().model for _ in range(2)], case().model, compiled
         self.plans, self.plan, self.eager, self.attached, self.bare = Users.made
