@@ -50,7 +50,7 @@ SIDES = (8, 12)
 WAYS = ("plain", "channels_last", "inference")
 """How a step is called: with other strides, under another mode."""
 
-count = {"actions": 0, "calls": 0, "right": 0, "refused": 0, "rightly refused": 0}
+count = {"actions": 0, "calls": 0, "right": 0, "begun anew": 0, "refused": 0, "rightly refused": 0}
 
 
 @dataclass(eq=False)
@@ -209,8 +209,9 @@ class Users(RuleBasedStateMachine):
         got = received.clone()
         assert not run.wrong, "a call that fits no plan was taken"
         wanted = self.right(run)
-        if run.denoiser and not run.sure and relative(got, wanted) >= TIGHT:
-            wanted = self.in_full(run)  # a reset, or the first timestep, said that a generation begins
+        if not run.sure and relative(got, wanted) >= TIGHT:
+            wanted = self.in_full(run)  # a scheduler, a reset or the first timestep said that a generation begins
+            count["begun anew"] += 1
             run.over = True
         assert relative(got, wanted) < TIGHT, f"step {run.step} of a generation from {run.first}"
         count["right"] += 1
@@ -363,4 +364,4 @@ def test_users_act_at_random(request: Any, record_property: Any, capsys: pytest.
     with capsys.disabled():
         sys.stdout.write(f"\n{told}\n")
     assert count["actions"] >= (20_000 if thorough else 1_000)
-    assert count["right"] > 3 * count["refused"]
+    assert count["right"] > 3 * (count["refused"] + count["begun anew"])
