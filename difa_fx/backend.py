@@ -250,7 +250,7 @@ def _runner(
 
 def _tell_elsewhere(plan: Plan, attention: Attention, compilation: Compilation) -> None:
     """Say, once, that a plan was calibrated at another resolution or on another device."""
-    if compilation.told or not attention.sites:
+    if compilation.told or not attention.sites or not elsewhere.calibrated_at(plan):
         return
     device = attention.sites[0].outputs[0].meta["val"].device.type
     tokens = {site.path: site.shape.tokens for site in attention.sites}

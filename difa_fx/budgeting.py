@@ -99,12 +99,11 @@ def _fast_enough(
     """
     steps = costs[0].steps
     whole = steps * sum(site.seconds[Method.FULL] for site in costs)
-    worth = 1.0
-    if full / (full - whole + least_seconds(costs)) < target:
+    least, worth = least_seconds(costs), 1.0
+    if full / (full - whole + least) < target:
         worth = _worth_of_fastest(job, costs, full, target, pairs)
     tried: list[tuple[float, Plan, dict[str, Any]]] = []
     for _ in range(_REFINEMENTS + 1):
-        least = least_seconds(costs)
         budget = max(whole - full * (1 - 1 / target) / worth, least)
         plan, findings = _result(job, graph, choose(costs, budget_seconds=budget), costs, full, worth)
         predicted, measured = findings["predicted"]["speed_up"], job.measured(plan, pairs).speed_up

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from difa_fx._torch import noted_operators
+from difa_fx._torch import graph_break, noted_operators
 from difa_fx.passes.graph_tools import within
 
 aten = torch.ops.aten
@@ -44,9 +44,9 @@ class Break:
 
 
 def break_of(gm: fx.GraphModule) -> Break | None:
-    """The break after a graph; None where the denoiser ends there.  Reads ``compile_subgraph_reason``."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not getattr(reason, "graph_break", False):
+    """The break after a graph; None where the denoiser ends there."""
+    reason = graph_break(gm)
+    if reason is None:
         return None
     stack = getattr(reason, "user_stack", None) or ()
     return Break(str(reason.reason), tuple((frame.filename, int(frame.lineno or 0)) for frame in stack))

@@ -99,17 +99,13 @@ class Witness:
         """
         kept, names = self._conditions.get(seen.branch, {}), self._steady.get(seen.branch, set())
         pairs = [(kept[name], value) for name, value in seen.conditions.items() if name in names]
-        if not pairs or any(before.value is value for before, value in pairs):
-            return False
-        return all(before.equals(value) is False for before, value in pairs)
+        return _all_differ(pairs)
 
     def contradicts(self, seen: Seen) -> bool:
         """Whether a call has none of the generation's conditions."""
         kept = self._conditions.get(seen.branch, {})
         pairs = [(kept[name], value) for name, value in seen.conditions.items() if name in kept]
-        if not pairs or any(before.value is value for before, value in pairs):
-            return False
-        return not any(before.equals(value) is not False for before, value in pairs)
+        return _all_differ(pairs)
 
     def foreign(self, seen: Seen) -> bool:
         """Whether a call has none of the generation's conditions, and latents that are not like its last."""
@@ -126,6 +122,13 @@ class Witness:
         if self.contradicts(seen):
             return Verdict.OTHER
         return Verdict.OWN if _related(before, seen.latents) else Verdict.UNRELATED
+
+
+def _all_differ(pairs: list[tuple[_Kept, Tensor]]) -> bool:
+    """Whether there are tensors to compare and none is as it was; where one is the same tensor, none is compared."""
+    if not pairs or any(before.value is value for before, value in pairs):
+        return False
+    return all(before.equals(value) is False for before, value in pairs)
 
 
 def _related(before: Tensor, value: Tensor) -> bool:

@@ -46,6 +46,14 @@ class _Scores:
     masked_shape: tuple[int, ...] = ()
     refused: str = ""
 
+    def add_mask(self, mask: fx.Node, shape: tuple[int, ...]) -> None:
+        """Another mask, which scores of ``shape`` have."""
+        if self.mask is not None:
+            self.refused = "it has two masks"
+        elif self.scale != 1:
+            self.refused = "its mask is scaled"
+        self.mask, self.masked_shape = mask, shape
+
 
 def explicit_attention(softmax: fx.Node) -> AttentionCall | UnreadCall | None:
     """The attention around a softmax, or None when its result weighs nothing."""
@@ -156,20 +164,12 @@ def _above(node: fx.Node, found: _Scores) -> fx.Node | None:
         return source
     if target is aten.add.Tensor and isinstance(other, fx.Node) and not node.kwargs:
         scores, mask = (source, other) if _leads_to_product(source) else (other, source)
-        if found.mask is not None:
-            found.refused = "it has two masks"
-        elif found.scale != 1:
-            found.refused = "its mask is scaled"
-        found.mask, found.masked_shape = mask, shape_of(node)
+        found.add_mask(mask, shape_of(node))
         return scores
     filled = _filled(node)
     if filled is not None:
         scores, mask, found.filled = filled
-        if found.mask is not None:
-            found.refused = "it has two masks"
-        elif found.scale != 1:
-            found.refused = "its mask is scaled"
-        found.mask, found.masked_shape = mask, shape_of(node)
+        found.add_mask(mask, shape_of(node))
         return scores
     found.refused = f"its scores pass through {target}"
     return source

@@ -67,7 +67,7 @@ def find_attention(canonical: CanonicalGraph, origins: Mapping[int, Origin] | No
             sites.append(found)
         else:
             rejected.append(found)
-    inputs = replace(inputs, doubled=bool(_pairs(canonical.gm.graph, inputs, search.stream)))
+    inputs = replace(inputs, doubled=search.doubled)
     return Attention(tuple(sites), tuple(rejected), inputs, tuple(_results(canonical, search)))
 
 
@@ -114,6 +114,7 @@ def _prepare(
             for node, source in zip(nodes, canonical.sources, strict=True)
             if node in canonical.parameters
         },
+        doubled=any(node.op != "placeholder" for node in seeds),
     )
 
 

@@ -79,6 +79,7 @@ class Search:
         tokens: which tokens are text.
         order: position of each node.
         modules: for each parameter the path of the module that it belongs to.
+        doubled: whether the batch begins where the denoiser doubles its latents, to make guidance itself.
     """
 
     stream: set[fx.Node]
@@ -90,6 +91,7 @@ class Search:
     tokens: Known
     order: dict[fx.Node, int]
     modules: dict[fx.Node, str]
+    doubled: bool
 
     def sorted(self, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
         """``nodes`` in graph order, without repeats."""

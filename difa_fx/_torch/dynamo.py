@@ -33,11 +33,17 @@ def input_sources(gm: torch.fx.GraphModule) -> list[str]:
 
 
 def breaks_graph(gm: torch.fx.GraphModule) -> bool:
-    """Whether Dynamo had to end this graph before the end of what it compiles, so that more graphs follow.
+    """Whether Dynamo had to end this graph before the end of what it compiles, so that more graphs follow."""
+    return graph_break(gm) is not None
+
+
+def graph_break(gm: torch.fx.GraphModule) -> Any:
+    """Why Dynamo had to end this graph, with ``reason`` and ``user_stack``; None where nothing follows it.
 
     Reads ``compile_subgraph_reason``, which Dynamo sets on every graph that it hands to a backend.
     """
-    return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason if getattr(reason, "graph_break", False) else None
 
 
 def is_static_input(value: object) -> bool:

@@ -125,7 +125,7 @@ def deferred_kernels() -> Iterator[None]:
     ``AsyncCompile.wait`` as long as any thread is within.
     """
     before, _own.waiting = getattr(_own, "waiting", None), []
-    with _deferring:
+    with _deferring.lock:
         if not _deferring.threads:
             _deferring.wait = AsyncCompile.wait
             AsyncCompile.wait = _wait_or_defer  # type: ignore[method-assign]
@@ -138,25 +138,19 @@ def deferred_kernels() -> Iterator[None]:
             for compiler, scope in waiting:
                 compiler.wait(scope)
         finally:
-            with _deferring:
+            with _deferring.lock:
                 _deferring.threads -= 1
                 if not _deferring.threads and AsyncCompile.wait is _wait_or_defer:
                     AsyncCompile.wait = _deferring.wait  # type: ignore[method-assign]
 
 
 class _Deferring:
-    """How many threads put off waiting, and what waits; to be changed within ``with`` alone."""
+    """How many threads put off waiting, and what waits; to be changed under the lock alone."""
 
     def __init__(self) -> None:
         self.threads = 0
         self.wait = AsyncCompile.wait
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self.lock = threading.Lock()
 
 
 _deferring = _Deferring()
